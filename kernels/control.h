@@ -1,0 +1,111 @@
+// control: what one team does between two steps: verify and commit the step that ran, publish, admit, draft, plan the next.
+// The persistent loop runs it on the device; orchestrations that launch from the host run this same code there.
+#pragma once
+
+#include "stages/commit.h"
+#include "stages/decode.h"
+#include "stages/draft.h"
+#include "stages/kv.h"
+#include "stages/prefill.h"
+#include "stages/scheduler.h"
+#include "stages/spec_verify.h"
+
+namespace xl {
+
+// Thread 0. Ends the step that ran: its record was begun when it was planned.
+XL_FN void commit_step(const Grid& grid, const Params& p, int page_size, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  StepRecord& record = *p.record;
+  int kept = 0;
+  for (int i = 0; i < state.n_order; ++i) {
+    const int slot_id = p.order[i];
+    Slot& slot = p.slots[slot_id];
+    bool finished = false;
+    if (slot.row_count > 0) {
+      stage_spec_verify(p, slot);
+      finished = stage_commit(grid, p, page_size, slot_id, now_ns, record);
+    }
+    if (!finished) {
+      record.live_tokens += slot.computed;
+      record.live_pages += slot.n_pages;
+      p.order[kept++] = slot_id;
+    }
+  }
+  state.n_order = kept;
+  check_page_conservation(grid, p);
+  record.end_ns = now_ns;
+  for (int i = 0; i < kPhases; ++i) {
+    record.phase_ns[i] = state.phase_ns[i];
+    state.phase_ns[i] = 0;
+  }
+  ring_entry(p.step_records, p.step_capacity, state.step_tail++) = record;
+  p.step->n_rows = 0;
+}
+
+// Thread 0. Plans the next step from decoding slots, their drafts, and prompt chunks. n_rows stays 0: there is nothing to do.
+XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  Step& step = *p.step;
+  StepRecord& record = *p.record;
+  step.n_rows = step.n_sample_rows = step.n_prefill_rows = step.n_decode_rows = step.n_draft_rows = 0;
+  step.n_prefill = step.n_decode = 0;
+  if (state.n_order == 0) return;
+  record = StepRecord{};
+  stage_decode(grid, p, page_size, record);
+  stage_prefill(grid, p, page_size, record);
+  step.step = record.step = ++state.n_steps;
+  step.begin_ns = record.begin_ns = now_ns;
+  record.n_rows = step.n_rows;
+  record.n_prefill_rows = step.n_prefill_rows;
+  record.n_decode_rows = step.n_decode_rows;
+  record.n_draft_rows = step.n_draft_rows;
+  record.n_sample_rows = step.n_sample_rows;
+  record.n_prefill = step.n_prefill;
+  record.n_decode = step.n_decode;
+  record.n_waiting = int(load_acquire_system(&p.mailbox->submit_tail) - state.submit_head);
+  record.pages_total = p.n_pages;
+  record.pages_free = state.n_free_pages;
+  record.pages_active = p.n_pages - state.n_free_pages - record.pages_draft;
+}
+
+// Rows that drafts may take: what the cap leaves behind decode rows and prompt chunks.
+XL_FN int rows_for_drafts(const Params& p) {
+  int rows = p.max_rows;
+  for (int i = 0; i < p.state->n_order; ++i) {
+    const Slot& slot = p.slots[p.order[i]];
+    rows -= slot.state == int(SlotState::kDecode) ? 1 : chunk_of(p, slot);
+  }
+  return rows > 0 ? rows : 0;
+}
+
+// Thread 0. Both rings have room for whatever the next step may write.
+XL_FN bool rings_have_room(const Params& p) {
+  const uint64_t records = p.state->step_tail - load_acquire_system(&p.mailbox->step_head);
+  return free_events(p) >= events_per_round(p) && records + 1 < uint64_t(p.step_capacity);
+}
+
+// The whole team. Afterwards Step says what to run: `leave`, a step of n_rows, or nothing.
+template <class Team, class Dims>
+XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Dims& d) {
+  LoopState& state = *p.state;
+  const uint64_t now_ns = clock_ns();
+  if (team.thread() == 0 && p.step->n_rows > 0) commit_step(grid, p, d.page_size, now_ns);
+  stage_scheduler(team, grid, p, d.page_size, now_ns);
+  if (team.thread() == 0) {
+    for (int i = 0; i < state.n_order; ++i) p.slots[p.order[i]].row_count = p.slots[p.order[i]].n_drafts = 0;
+    p.step->leave = load_acquire_system(&p.mailbox->stop) != 0 ? 1 : 0;
+    state.draft_rows = !p.step->leave && rings_have_room(p) ? rows_for_drafts(p) : -1;
+  }
+  team.sync();
+  const int draft_rows = state.draft_rows;
+  if (draft_rows > 0) stage_draft(team, p, d, draft_rows);
+  if (team.thread() == 0) {
+    if (draft_rows >= 0) plan_step(grid, p, d.page_size, now_ns);
+    store_release_system(&p.mailbox->event_tail, state.event_tail);
+    store_release_system(&p.mailbox->step_tail, state.step_tail);
+    state.phase_ns[int(Phase::kControl)] += uint32_t(clock_ns() - now_ns);
+  }
+  team.sync();
+}
+
+}  // namespace xl

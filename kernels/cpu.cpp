@@ -1,0 +1,260 @@
+// The CPU entry: the kernels as a shared library. Threads play the teams; they are started once per session. Every address in
+// Params belongs to the caller and outlives the session.
+
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "persistent.h"
+
+namespace {
+
+using namespace xl;
+
+#if defined(XL_RACE)
+using Team = RaceTeam<4, 2>;
+using ControlTeam = RaceTeam<1, 1>;
+using TeamShared = Team::Shared;
+#else
+using Team = HostTeam;
+using ControlTeam = HostTeam;
+struct TeamShared {
+  float* scratch = nullptr;
+};
+#endif
+
+// Dimensions known at run time, so that one library serves every checkpoint.
+template <class W, class C>
+struct RuntimeDims : xl::Dims {
+  using Weight = W;
+  using Cache = C;
+};
+
+struct Command {
+  Phase phase;
+  int layer;
+};
+
+constexpr uint64_t kCommands = 1024;
+
+struct Session {
+  Params params;
+  xl::Dims dims;
+  WeightType weight, cache;
+  int teams;
+  uint64_t prompt_tail = 0;  // host: prompt tokens written
+  std::vector<TeamShared> shared;
+  std::vector<std::thread> threads;
+  // Orchestration `launched`: a stream of phases in order, as a GPU's stream is.
+  Command commands[kCommands];
+  alignas(kLine) uint64_t issued = 0;     // host
+  alignas(kLine) uint64_t completed = 0;  // team 0
+#if defined(XL_RACE)
+  RaceShared<1, 1> control_shared;
+#endif
+};
+
+template <class Visit>
+void with_dims(const Session& s, Visit visit) {
+  const auto call = [&](auto typed) {
+    static_cast<xl::Dims&>(typed) = s.dims;
+    visit(typed);
+  };
+  const bool wide = s.cache == WeightType::kFp32;
+  if (s.weight == WeightType::kBf16) {
+    wide ? call(RuntimeDims<bf16, float>{}) : call(RuntimeDims<bf16, bf16>{});
+  } else {
+    wide ? call(RuntimeDims<float, float>{}) : call(RuntimeDims<float, bf16>{});
+  }
+}
+
+Team make_team(Session& s, int team, int thread) {
+#if defined(XL_RACE)
+  return Team(&s.shared[size_t(team)], thread);
+#else
+  (void)thread;
+  return Team(s.shared[size_t(team)].scratch);
+#endif
+}
+
+Grid make_grid(const Session& s, int team) {
+  return Grid{s.params.grid, s.params.mailbox, team, s.teams, s.params.spin_deadline_ns, 0};
+}
+
+void run_persistent(Session& s, int team_id, int thread) {
+  Team team = make_team(s, team_id, thread);
+  Grid grid = make_grid(s, team_id);
+  with_dims(s, [&](const auto& d) { persistent_loop(team, grid, s.params, d); });
+}
+
+// Whether command `next` was issued; false: the session ends.
+bool wait_for_command(Session& s, Team& team, uint64_t next) {
+  team.sync();  // the shared word may still be read
+  if (team.thread() == 0) {
+    int turns = 0;
+    bool more = true;
+    while (load_acquire(&s.issued) <= next) {
+      if (load_acquire_system(&s.params.mailbox->stop) != 0 || load_acquire(&s.params.grid->abort) != 0) {
+        more = false;
+        break;
+      }
+      relax(turns);
+    }
+    team.shared_ints()[0] = more ? 1 : 0;
+  }
+  team.sync();
+  return team.shared_ints()[0] != 0;
+}
+
+void run_launched(Session& s, int team_id, int thread) {
+  Team team = make_team(s, team_id, thread);
+  Grid grid = make_grid(s, team_id);
+  with_dims(s, [&](const auto& d) {
+    for (uint64_t next = 0; wait_for_command(s, team, next); ++next) {
+      const Command command = s.commands[next % kCommands];
+      const uint64_t begin = clock_ns();
+      run_phase(command.phase, team, grid, s.params, d, command.layer);
+      if (!grid.sync(team)) return;
+      if (team_id == 0 && thread == 0) {
+        s.params.state->phase_ns[int(command.phase)] += uint32_t(clock_ns() - begin);
+        store_release(&s.completed, next + 1);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t xl_layout_version() { return kLayoutVersion; }
+
+int32_t xl_threads_per_team() { return Team::threads; }
+
+uint64_t xl_clock_ns() { return clock_ns(); }
+
+// Starts the threads of `teams` teams. Null: the layout of the caller is not this library's.
+Session* xl_open(const Params* params, const xl::Dims* dims, int32_t weight, int32_t cache, int32_t teams, int32_t persistent) {
+  if (params->version != kLayoutVersion) return nullptr;
+  auto session = std::make_unique<Session>();
+  Session& s = *session;
+  s.params = *params;
+  s.dims = *dims;
+  s.weight = WeightType(weight);
+  s.cache = WeightType(cache);
+  s.teams = teams;
+  s.shared = std::vector<TeamShared>(size_t(teams));
+  for (int team = 0; team < teams; ++team)
+    s.shared[size_t(team)].scratch = params->scratch + size_t(team) * size_t(params->scratch_floats);
+  for (int team = 0; team < teams; ++team)
+    for (int thread = 0; thread < Team::threads; ++thread)
+      s.threads.emplace_back(persistent ? run_persistent : run_launched, std::ref(s), team, thread);
+  return session.release();
+}
+
+// Asks the loop to leave, joins its threads, frees the session. The abort reason stays in the mailbox.
+void xl_close(Session* session) {
+  store_release_system(&session->params.mailbox->stop, uint32_t(1));
+  for (std::thread& thread : session->threads) thread.join();
+  delete session;
+}
+
+// 1: the request and its tokens (prompt, then oracle) are in the rings. 0: one of them is full.
+int32_t xl_submit(Session* session, const Submission* request, const int32_t* tokens) {
+  const Params& p = session->params;
+  Mailbox& mailbox = *p.mailbox;
+  const uint64_t count = uint64_t(request->prompt_len) + uint64_t(request->oracle_len);
+  const uint64_t tail = mailbox.submit_tail;
+  if (tail - load_acquire_system(&mailbox.submit_head) >= uint64_t(p.submission_capacity)) return 0;
+  if (session->prompt_tail + count - load_acquire_system(&mailbox.prompt_head) > uint64_t(p.prompt_capacity)) return 0;
+  for (uint64_t i = 0; i < count; ++i) ring_entry(p.prompts, p.prompt_capacity, session->prompt_tail + i) = tokens[i];
+  Submission& entry = ring_entry(p.submissions, p.submission_capacity, tail);
+  entry = *request;
+  entry.prompt_begin = session->prompt_tail;
+  session->prompt_tail += count;
+  store_release_system(&mailbox.submit_tail, tail + 1);
+  return 1;
+}
+
+// 1: the cancellation is in its ring. 0: it is full.
+int32_t xl_cancel(Session* session, uint64_t request_id) {
+  const Params& p = session->params;
+  const uint64_t tail = p.mailbox->cancel_tail;
+  if (tail - load_acquire_system(&p.mailbox->cancel_head) >= uint64_t(p.submission_capacity)) return 0;
+  ring_entry(p.cancels, p.submission_capacity, tail) = request_id;
+  store_release_system(&p.mailbox->cancel_tail, tail + 1);
+  return 1;
+}
+
+// Takes up to `most` events, oldest first; how many.
+int32_t xl_take_events(Session* session, Event* out, int32_t most) {
+  const Params& p = session->params;
+  uint64_t head = p.mailbox->event_head;
+  const uint64_t tail = load_acquire_system(&p.mailbox->event_tail);
+  int32_t count = 0;
+  while (head < tail && count < most) out[count++] = ring_entry(p.events, p.event_capacity, head++);
+  store_release_system(&p.mailbox->event_head, head);
+  return count;
+}
+
+// Takes up to `most` step records, oldest first; how many.
+int32_t xl_take_steps(Session* session, StepRecord* out, int32_t most) {
+  const Params& p = session->params;
+  uint64_t head = p.mailbox->step_head;
+  const uint64_t tail = load_acquire_system(&p.mailbox->step_tail);
+  int32_t count = 0;
+  while (head < tail && count < most) out[count++] = ring_entry(p.step_records, p.step_capacity, head++);
+  store_release_system(&p.mailbox->step_head, head);
+  return count;
+}
+
+// AbortReason of the loop, 0 while it is well.
+int32_t xl_aborted(Session* session) { return int32_t(load_acquire_system(&session->params.mailbox->abort)); }
+
+// Orchestration `launched`: control on the calling thread; rows of the step that it planned.
+int32_t xl_control(Session* session) {
+  Session& s = *session;
+#if defined(XL_RACE)
+  ControlTeam team(&s.control_shared, 0);
+#else
+  ControlTeam team(nullptr);
+#endif
+  Grid grid = make_grid(s, s.teams);
+  with_dims(s, [&](const auto& d) { phase_control(team, grid, s.params, d); });
+  return s.params.step->n_rows;
+}
+
+// Orchestration `launched`: appends one phase to the stream and returns at once.
+void xl_launch(Session* session, int32_t phase, int32_t layer) {
+  const uint64_t next = session->issued;
+  int turns = 0;
+  while (next - load_acquire(&session->completed) >= kCommands && xl_aborted(session) == 0) relax(turns);
+  session->commands[next % kCommands] = Command{Phase(phase), layer};
+  store_release(&session->issued, next + 1);
+}
+
+// Orchestration `launched`: waits until the stream is empty. The abort reason, 0 if there is none.
+int32_t xl_synchronize(Session* session) {
+  int turns = 0;
+  while (load_acquire(&session->completed) < session->issued && xl_aborted(session) == 0) relax(turns);
+  return xl_aborted(session);
+}
+
+// Weights by a counter hash: elements first .. first + count of tensor `tensor`, as xlpk/weights.py defines them.
+void xl_fill_hash(void* out, uint64_t first, uint64_t count, uint32_t tensor, uint64_t seed, float scale, int32_t type) {
+  for (uint64_t i = 0; i < count;) {
+    const uint64_t index = first + i;
+    const Words4 words = philox(uint32_t(index / 4), uint32_t((index / 4) >> 32), tensor, 0, seed);
+    for (uint64_t j = index % 4; j < 4 && i < count; ++j, ++i) {
+      const float value = hashed_weight(words.w[j], scale);
+      if (WeightType(type) == WeightType::kBf16) {
+        static_cast<bf16*>(out)[i] = to_bf16(value);
+      } else {
+        static_cast<float*>(out)[i] = value;
+      }
+    }
+  }
+}
+
+}  // extern "C"

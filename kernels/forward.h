@@ -1,0 +1,59 @@
+// The forward pass: the order of phases, written once. What a phase is comes from the list in generated/layout.h.
+#pragma once
+
+#include "phases/attend.h"
+#include "phases/down.h"
+#include "phases/embed.h"
+#include "phases/gate_up.h"
+#include "phases/lm_head.h"
+#include "phases/output.h"
+#include "phases/qkv.h"
+
+namespace xl {
+
+// A pure function of (phase, team, step).
+template <class Team, class Dims>
+XL_FN void run_phase(Phase phase, Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
+  switch (phase) {
+#define XL_CASE(name, id)                       \
+  case Phase::id:                               \
+    phase_##name(team, grid, p, d, layer);      \
+    break;
+    XL_FORWARD_PHASES(XL_CASE)
+#undef XL_CASE
+    default:
+      break;
+  }
+}
+
+// Calls visit(phase, layer) in the order of a step until it returns false; whether it never did.
+template <class Dims, class Visit>
+XL_FN bool for_each_phase(const Dims& d, Visit visit) {
+  for (int phase = 0; phase < kFirstLayerPhase; ++phase)
+    if (!visit(Phase(phase), 0)) return false;
+  for (int layer = 0; layer < d.num_hidden_layers; ++layer)
+    for (int phase = kFirstLayerPhase; phase <= kLastLayerPhase; ++phase)
+      if (!visit(Phase(phase), layer)) return false;
+  for (int phase = kLastLayerPhase + 1; phase < int(Phase::kControl); ++phase)
+    if (!visit(Phase(phase), 0)) return false;
+  return true;
+}
+
+// Runs a step. False: aborted at a barrier.
+template <class Team, class Dims>
+XL_FN bool forward(Team& team, Grid& grid, const Params& p, const Dims& d) {
+  const bool timed = grid.team == 0 && team.thread() == 0;
+  uint64_t begin = timed ? clock_ns() : 0;
+  return for_each_phase(d, [&](Phase phase, int layer) {
+    run_phase(phase, team, grid, p, d, layer);
+    const bool alive = grid.sync(team);
+    if (timed) {
+      const uint64_t end = clock_ns();
+      p.state->phase_ns[int(phase)] += uint32_t(end - begin);
+      begin = end;
+    }
+    return alive;
+  });
+}
+
+}  // namespace xl

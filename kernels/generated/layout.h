@@ -1,0 +1,486 @@
+// Rendered by `python -m xlpk.layout`; edit xlpk/layout.py instead.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace xl {
+
+// Storage of a bf16 number: the upper half of a float.
+struct bf16 {
+  uint16_t bits;
+};
+
+constexpr int kLayoutVersion = 1;  // checked when a session opens
+constexpr int kVirtualLanes = 32;  // every reduction runs over this many lanes and one fixed tree, whatever the team
+constexpr int kAttentionSpan = 256;  // keys an attention partial covers; absolute positions; the page size divides it
+constexpr int kMaxBlock = 16;  // most tokens one verify step may emit: 15 drafts and the bonus token
+constexpr int kMaxStopIds = 8;  // stop token ids a request may carry
+constexpr int kLine = 128;  // bytes between words that different agents write
+
+enum class WeightType : int32_t { kBf16 = 0, kFp32 = 1 };
+enum class SlotState : int32_t { kFree = 0, kPrefill = 1, kDecode = 2 };
+enum class EventKind : int32_t { kAdmitted = 0, kToken = 1, kFinished = 2 };
+enum class FinishReason : int32_t { kNone = 0, kEos = 1, kStop = 2, kLength = 3, kCancelled = 4, kError = 5 };
+enum class Proposer : int32_t { kNone = 0, kNgram = 1, kOracle = 2 };
+enum class Acceptance : int32_t { kKeyed = 0, kGreedy = 1, kForced = 2 };
+enum class AbortReason : int32_t { kNone = 0, kHost = 1, kBarrierTimeout = 2, kPageDoubleAllocation = 3, kPageDoubleFree = 4, kPageConservation = 5, kNoFreePage = 6 };
+
+enum class Phase : int32_t {
+  kEmbed = 0,  // token embedding; RoPE angles; clears the samplers' maxima
+  kQkv = 1,  // norm, Q K V projections, RoPE, K and V written to their pages
+  kAttend = 2,  // attention partials, one a (row, KV head, span of 256 keys)
+  kOutput = 3,  // merge of the partials, O projection, residual
+  kGateUp = 4,  // norm, gate and up projections, SiLU
+  kDown = 5,  // down projection, residual
+  kLmHead = 6,  // final norm, logits, keyed sampling as a running maximum
+  kControl = 7,  // one team: verify, commit, publish, admit, draft, plan the next step
+};
+constexpr int kPhases = 8;
+#define XL_FORWARD_PHASES(X) X(embed, kEmbed) X(qkv, kQkv) X(attend, kAttend) X(output, kOutput) X(gate_up, kGateUp) X(down, kDown) X(lm_head, kLmHead)
+constexpr int kFirstLayerPhase = 1;
+constexpr int kLastLayerPhase = 5;
+
+// The model's dimensions, under their Hugging Face names. The GPU has them as compile-time constants of the same names.
+struct Dims {
+  int32_t vocab_size;  // tokens
+  int32_t hidden_size;  // multiple of 32
+  int32_t intermediate_size;  // multiple of 32
+  int32_t num_hidden_layers;  // layers
+  int32_t num_attention_heads;  // query heads
+  int32_t num_key_value_heads;  // divides num_attention_heads
+  int32_t head_dim;  // 64 or 128
+  int32_t page_size;  // tokens a KV page holds; divides 256
+  float rms_norm_eps;
+};
+static_assert(sizeof(Dims) == 36, "Dims");
+static_assert(offsetof(Dims, vocab_size) == 0, "Dims.vocab_size");
+static_assert(offsetof(Dims, hidden_size) == 4, "Dims.hidden_size");
+static_assert(offsetof(Dims, intermediate_size) == 8, "Dims.intermediate_size");
+static_assert(offsetof(Dims, num_hidden_layers) == 12, "Dims.num_hidden_layers");
+static_assert(offsetof(Dims, num_attention_heads) == 16, "Dims.num_attention_heads");
+static_assert(offsetof(Dims, num_key_value_heads) == 20, "Dims.num_key_value_heads");
+static_assert(offsetof(Dims, head_dim) == 24, "Dims.head_dim");
+static_assert(offsetof(Dims, page_size) == 28, "Dims.page_size");
+static_assert(offsetof(Dims, rms_norm_eps) == 32, "Dims.rms_norm_eps");
+
+// One layer. Matrices are row-major [out, in] in the storage type of the model; norm vectors are float.
+struct LayerWeights {
+  const float* input_layernorm;  // [hidden_size]
+  const void* q_proj;  // [num_attention_heads * head_dim, hidden_size]
+  const void* k_proj;  // [num_key_value_heads * head_dim, hidden_size]
+  const void* v_proj;  // [num_key_value_heads * head_dim, hidden_size]
+  const void* o_proj;  // [hidden_size, num_attention_heads * head_dim]
+  const float* post_attention_layernorm;  // [hidden_size]
+  const void* gate_proj;  // [intermediate_size, hidden_size]
+  const void* up_proj;  // [intermediate_size, hidden_size]
+  const void* down_proj;  // [hidden_size, intermediate_size]
+};
+static_assert(sizeof(LayerWeights) == 72, "LayerWeights");
+static_assert(offsetof(LayerWeights, input_layernorm) == 0, "LayerWeights.input_layernorm");
+static_assert(offsetof(LayerWeights, q_proj) == 8, "LayerWeights.q_proj");
+static_assert(offsetof(LayerWeights, k_proj) == 16, "LayerWeights.k_proj");
+static_assert(offsetof(LayerWeights, v_proj) == 24, "LayerWeights.v_proj");
+static_assert(offsetof(LayerWeights, o_proj) == 32, "LayerWeights.o_proj");
+static_assert(offsetof(LayerWeights, post_attention_layernorm) == 40, "LayerWeights.post_attention_layernorm");
+static_assert(offsetof(LayerWeights, gate_proj) == 48, "LayerWeights.gate_proj");
+static_assert(offsetof(LayerWeights, up_proj) == 56, "LayerWeights.up_proj");
+static_assert(offsetof(LayerWeights, down_proj) == 64, "LayerWeights.down_proj");
+
+// A request as the host writes it into the submission ring; its tokens lie in the prompt ring.
+struct Submission {
+  uint64_t request_id;  // unique within a session
+  uint64_t prompt_begin;  // running index of its first token in the prompt ring
+  uint64_t seed;  // key of its sampling noise
+  int32_t prompt_len;  // tokens, >= 1
+  int32_t oracle_len;  // right answers that follow the prompt in the prompt ring; 0 if none
+  int32_t max_new_tokens;  // >= 1; prompt_len + max_new_tokens <= Params.max_len
+  int32_t ignore_eos;  // 0 or 1; end-of-sequence ids are not stop ids, they are Params.eos_ids
+  int32_t n_stop_ids;  // 0..kMaxStopIds
+  float temperature;  // 0: greedy
+  int32_t stop_ids[8];  // token ids that end the output; the token itself is part of it
+};
+static_assert(sizeof(Submission) == 80, "Submission");
+static_assert(offsetof(Submission, request_id) == 0, "Submission.request_id");
+static_assert(offsetof(Submission, prompt_begin) == 8, "Submission.prompt_begin");
+static_assert(offsetof(Submission, seed) == 16, "Submission.seed");
+static_assert(offsetof(Submission, prompt_len) == 24, "Submission.prompt_len");
+static_assert(offsetof(Submission, oracle_len) == 28, "Submission.oracle_len");
+static_assert(offsetof(Submission, max_new_tokens) == 32, "Submission.max_new_tokens");
+static_assert(offsetof(Submission, ignore_eos) == 36, "Submission.ignore_eos");
+static_assert(offsetof(Submission, n_stop_ids) == 40, "Submission.n_stop_ids");
+static_assert(offsetof(Submission, temperature) == 44, "Submission.temperature");
+static_assert(offsetof(Submission, stop_ids) == 48, "Submission.stop_ids");
+
+// What the device publishes about a request, in order, in the event ring.
+struct Event {
+  uint64_t request_id;
+  uint64_t step;  // the step that produced it
+  uint64_t device_ns;  // device clock when it was published
+  int32_t kind;  // EventKind
+  int32_t token;  // TOKEN: its id
+  int32_t output_index;  // TOKEN: 0 for the first output token; FINISHED: number of output tokens
+  int32_t reason;  // FINISHED: FinishReason
+  int32_t n_drafts;  // first TOKEN of a verification: drafts verified; else -1
+  int32_t n_accepted;  // first TOKEN of a verification: drafts accepted; else -1
+};
+static_assert(sizeof(Event) == 48, "Event");
+static_assert(offsetof(Event, request_id) == 0, "Event.request_id");
+static_assert(offsetof(Event, step) == 8, "Event.step");
+static_assert(offsetof(Event, device_ns) == 16, "Event.device_ns");
+static_assert(offsetof(Event, kind) == 24, "Event.kind");
+static_assert(offsetof(Event, token) == 28, "Event.token");
+static_assert(offsetof(Event, output_index) == 32, "Event.output_index");
+static_assert(offsetof(Event, reason) == 36, "Event.reason");
+static_assert(offsetof(Event, n_drafts) == 40, "Event.n_drafts");
+static_assert(offsetof(Event, n_accepted) == 44, "Event.n_accepted");
+
+// What a step did and the state it left, published in the step ring when it was committed.
+struct StepRecord {
+  uint64_t step;  // 1 for the first step of the session
+  uint64_t begin_ns;  // device clock when the step was planned
+  uint64_t end_ns;  // device clock when it was committed
+  int32_t n_rows;  // rows of the step
+  int32_t n_prefill_rows;
+  int32_t n_decode_rows;
+  int32_t n_draft_rows;
+  int32_t n_sample_rows;  // rows that reached the LM head
+  int32_t n_accepted;  // drafts accepted
+  int32_t n_tokens;  // tokens emitted
+  int32_t n_waiting;  // requests in the submission ring
+  int32_t n_prefill;  // requests that had prefill rows in the step
+  int32_t n_decode;  // requests that had a decode row in the step
+  int32_t n_finished;  // requests that the step finished
+  int32_t pages_total;  // conservation: free + active + draft = total
+  int32_t pages_free;  // while the step ran
+  int32_t pages_active;  // hold or will hold committed tokens
+  int32_t pages_draft;  // hold unverified tokens only
+  int32_t pages_locked;  // part of active and draft that a row of the step refers to
+  int32_t live_tokens;  // committed tokens whose K and V are stored, after the step
+  int32_t live_pages;  // pages that hold them, after the step
+  uint32_t phase_ns[8];  // device time a phase took, barrier included, summed over layers
+};
+static_assert(sizeof(StepRecord) == 128, "StepRecord");
+static_assert(offsetof(StepRecord, step) == 0, "StepRecord.step");
+static_assert(offsetof(StepRecord, begin_ns) == 8, "StepRecord.begin_ns");
+static_assert(offsetof(StepRecord, end_ns) == 16, "StepRecord.end_ns");
+static_assert(offsetof(StepRecord, n_rows) == 24, "StepRecord.n_rows");
+static_assert(offsetof(StepRecord, n_prefill_rows) == 28, "StepRecord.n_prefill_rows");
+static_assert(offsetof(StepRecord, n_decode_rows) == 32, "StepRecord.n_decode_rows");
+static_assert(offsetof(StepRecord, n_draft_rows) == 36, "StepRecord.n_draft_rows");
+static_assert(offsetof(StepRecord, n_sample_rows) == 40, "StepRecord.n_sample_rows");
+static_assert(offsetof(StepRecord, n_accepted) == 44, "StepRecord.n_accepted");
+static_assert(offsetof(StepRecord, n_tokens) == 48, "StepRecord.n_tokens");
+static_assert(offsetof(StepRecord, n_waiting) == 52, "StepRecord.n_waiting");
+static_assert(offsetof(StepRecord, n_prefill) == 56, "StepRecord.n_prefill");
+static_assert(offsetof(StepRecord, n_decode) == 60, "StepRecord.n_decode");
+static_assert(offsetof(StepRecord, n_finished) == 64, "StepRecord.n_finished");
+static_assert(offsetof(StepRecord, pages_total) == 68, "StepRecord.pages_total");
+static_assert(offsetof(StepRecord, pages_free) == 72, "StepRecord.pages_free");
+static_assert(offsetof(StepRecord, pages_active) == 76, "StepRecord.pages_active");
+static_assert(offsetof(StepRecord, pages_draft) == 80, "StepRecord.pages_draft");
+static_assert(offsetof(StepRecord, pages_locked) == 84, "StepRecord.pages_locked");
+static_assert(offsetof(StepRecord, live_tokens) == 88, "StepRecord.live_tokens");
+static_assert(offsetof(StepRecord, live_pages) == 92, "StepRecord.live_pages");
+static_assert(offsetof(StepRecord, phase_ns) == 96, "StepRecord.phase_ns");
+
+// One token of the ragged step.
+struct Row {
+  int32_t slot;
+  int32_t position;  // 0-based position in its sequence
+  int32_t token;  // its id
+  int32_t sample_row;  // index among the rows that reach the LM head; -1: none
+};
+static_assert(sizeof(Row) == 16, "Row");
+static_assert(offsetof(Row, slot) == 0, "Row.slot");
+static_assert(offsetof(Row, position) == 4, "Row.position");
+static_assert(offsetof(Row, token) == 8, "Row.token");
+static_assert(offsetof(Row, sample_row) == 12, "Row.sample_row");
+
+// The step descriptor: all that phases read besides weights, activations and pages.
+struct Step {
+  uint64_t step;  // its number
+  uint64_t begin_ns;  // device clock when it was planned
+  int32_t n_rows;  // 0: nothing to do
+  int32_t n_sample_rows;
+  int32_t n_prefill_rows;
+  int32_t n_decode_rows;
+  int32_t n_draft_rows;
+  int32_t n_prefill;  // requests
+  int32_t n_decode;  // requests
+  int32_t leave;  // 1: the loop leaves instead of running a step
+};
+static_assert(sizeof(Step) == 48, "Step");
+static_assert(offsetof(Step, step) == 0, "Step.step");
+static_assert(offsetof(Step, begin_ns) == 8, "Step.begin_ns");
+static_assert(offsetof(Step, n_rows) == 16, "Step.n_rows");
+static_assert(offsetof(Step, n_sample_rows) == 20, "Step.n_sample_rows");
+static_assert(offsetof(Step, n_prefill_rows) == 24, "Step.n_prefill_rows");
+static_assert(offsetof(Step, n_decode_rows) == 28, "Step.n_decode_rows");
+static_assert(offsetof(Step, n_draft_rows) == 32, "Step.n_draft_rows");
+static_assert(offsetof(Step, n_prefill) == 36, "Step.n_prefill");
+static_assert(offsetof(Step, n_decode) == 40, "Step.n_decode");
+static_assert(offsetof(Step, leave) == 44, "Step.leave");
+
+// The device's state of one running request. Its tokens are Params.tokens[slot], prompt then output.
+struct Slot {
+  uint64_t request_id;
+  uint64_t seed;
+  int32_t state;  // SlotState
+  int32_t prompt_len;  // tokens
+  int32_t length;  // tokens known: prompt and committed output
+  int32_t computed;  // tokens whose K and V are stored; length - 1 while decoding
+  int32_t max_new_tokens;
+  int32_t ignore_eos;
+  int32_t n_stop_ids;
+  float temperature;
+  int32_t stop_ids[8];
+  int32_t oracle_len;  // valid entries of Params.oracle[slot]
+  int32_t n_pages;  // entries of Params.page_table[slot]
+  int32_t reserved_pages;  // pages it may come to need: promised at admission, so that it can always go on
+  int32_t row_begin;  // its rows in the step
+  int32_t row_count;  // 0: none in this step
+  int32_t n_drafts;  // drafts among them, behind the decode row
+  int32_t n_accepted;  // set by verification
+  int32_t n_emitted;  // tokens that verification found: accepted drafts and one more
+  int32_t drafts[16];  // proposed tokens
+  int32_t emitted[16];  // token ids
+};
+static_assert(sizeof(Slot) == 240, "Slot");
+static_assert(offsetof(Slot, request_id) == 0, "Slot.request_id");
+static_assert(offsetof(Slot, seed) == 8, "Slot.seed");
+static_assert(offsetof(Slot, state) == 16, "Slot.state");
+static_assert(offsetof(Slot, prompt_len) == 20, "Slot.prompt_len");
+static_assert(offsetof(Slot, length) == 24, "Slot.length");
+static_assert(offsetof(Slot, computed) == 28, "Slot.computed");
+static_assert(offsetof(Slot, max_new_tokens) == 32, "Slot.max_new_tokens");
+static_assert(offsetof(Slot, ignore_eos) == 36, "Slot.ignore_eos");
+static_assert(offsetof(Slot, n_stop_ids) == 40, "Slot.n_stop_ids");
+static_assert(offsetof(Slot, temperature) == 44, "Slot.temperature");
+static_assert(offsetof(Slot, stop_ids) == 48, "Slot.stop_ids");
+static_assert(offsetof(Slot, oracle_len) == 80, "Slot.oracle_len");
+static_assert(offsetof(Slot, n_pages) == 84, "Slot.n_pages");
+static_assert(offsetof(Slot, reserved_pages) == 88, "Slot.reserved_pages");
+static_assert(offsetof(Slot, row_begin) == 92, "Slot.row_begin");
+static_assert(offsetof(Slot, row_count) == 96, "Slot.row_count");
+static_assert(offsetof(Slot, n_drafts) == 100, "Slot.n_drafts");
+static_assert(offsetof(Slot, n_accepted) == 104, "Slot.n_accepted");
+static_assert(offsetof(Slot, n_emitted) == 108, "Slot.n_emitted");
+static_assert(offsetof(Slot, drafts) == 112, "Slot.drafts");
+static_assert(offsetof(Slot, emitted) == 176, "Slot.emitted");
+
+// Scalars of the control plane; only the controlling team touches them.
+struct LoopState {
+  uint64_t n_steps;  // steps planned so far
+  uint64_t prompt_head;  // prompt ring: next token to take
+  uint64_t submit_head;  // next submission to look at
+  uint64_t cancel_head;  // next cancellation to look at
+  uint64_t event_tail;  // events written, published at the end of control
+  uint64_t step_tail;  // step records written
+  int32_t n_free_pages;  // entries of Params.free_pages; set by the host to all
+  int32_t n_reserved_pages;  // sum of Slot.reserved_pages
+  int32_t n_order;  // running requests: entries of Params.order, oldest first
+  int32_t admitted_slot;  // slot whose tokens the team copies; -1: none
+  int32_t draft_rows;  // rows that drafts of the next step may take; -1: no step can be planned now
+  uint32_t phase_ns[8];  // of the step in flight
+};
+static_assert(sizeof(LoopState) == 104, "LoopState");
+static_assert(offsetof(LoopState, n_steps) == 0, "LoopState.n_steps");
+static_assert(offsetof(LoopState, prompt_head) == 8, "LoopState.prompt_head");
+static_assert(offsetof(LoopState, submit_head) == 16, "LoopState.submit_head");
+static_assert(offsetof(LoopState, cancel_head) == 24, "LoopState.cancel_head");
+static_assert(offsetof(LoopState, event_tail) == 32, "LoopState.event_tail");
+static_assert(offsetof(LoopState, step_tail) == 40, "LoopState.step_tail");
+static_assert(offsetof(LoopState, n_free_pages) == 48, "LoopState.n_free_pages");
+static_assert(offsetof(LoopState, n_reserved_pages) == 52, "LoopState.n_reserved_pages");
+static_assert(offsetof(LoopState, n_order) == 56, "LoopState.n_order");
+static_assert(offsetof(LoopState, admitted_slot) == 60, "LoopState.admitted_slot");
+static_assert(offsetof(LoopState, draft_rows) == 64, "LoopState.draft_rows");
+static_assert(offsetof(LoopState, phase_ns) == 68, "LoopState.phase_ns");
+
+// Words that host and device write for each other; each writer's words share no line with another's.
+struct Mailbox {
+  uint64_t submit_tail;  // host: submissions written
+  uint64_t cancel_tail;  // host: cancellations written
+  uint64_t event_head;  // host: events taken
+  uint64_t step_head;  // host: step records taken
+  uint32_t stop;  // host: 1 asks the loop to leave
+  uint8_t host_pad[92];
+  uint64_t submit_head;  // device: submissions taken
+  uint64_t cancel_head;  // device: cancellations taken
+  uint64_t prompt_head;  // device: prompt tokens taken
+  uint64_t event_tail;  // device: events published
+  uint64_t step_tail;  // device: step records published
+  uint32_t abort;  // device: AbortReason, copied from GridState for the host
+  uint32_t abort_team;  // device: the team that gave up first
+  uint8_t device_pad[80];
+};
+static_assert(sizeof(Mailbox) == 256, "Mailbox");
+static_assert(offsetof(Mailbox, submit_tail) == 0, "Mailbox.submit_tail");
+static_assert(offsetof(Mailbox, cancel_tail) == 8, "Mailbox.cancel_tail");
+static_assert(offsetof(Mailbox, event_head) == 16, "Mailbox.event_head");
+static_assert(offsetof(Mailbox, step_head) == 24, "Mailbox.step_head");
+static_assert(offsetof(Mailbox, stop) == 32, "Mailbox.stop");
+static_assert(offsetof(Mailbox, host_pad) == 36, "Mailbox.host_pad");
+static_assert(offsetof(Mailbox, submit_head) == 128, "Mailbox.submit_head");
+static_assert(offsetof(Mailbox, cancel_head) == 136, "Mailbox.cancel_head");
+static_assert(offsetof(Mailbox, prompt_head) == 144, "Mailbox.prompt_head");
+static_assert(offsetof(Mailbox, event_tail) == 152, "Mailbox.event_tail");
+static_assert(offsetof(Mailbox, step_tail) == 160, "Mailbox.step_tail");
+static_assert(offsetof(Mailbox, abort) == 168, "Mailbox.abort");
+static_assert(offsetof(Mailbox, abort_team) == 172, "Mailbox.abort_team");
+static_assert(offsetof(Mailbox, device_pad) == 176, "Mailbox.device_pad");
+
+// Words that teams share with each other only.
+struct GridState {
+  uint64_t arrivals;  // at the grid barrier since the start; never reset
+  uint8_t arrivals_pad[120];
+  uint32_t abort;  // AbortReason; the first one written stays
+  uint8_t abort_pad[124];
+};
+static_assert(sizeof(GridState) == 256, "GridState");
+static_assert(offsetof(GridState, arrivals) == 0, "GridState.arrivals");
+static_assert(offsetof(GridState, arrivals_pad) == 8, "GridState.arrivals_pad");
+static_assert(offsetof(GridState, abort) == 128, "GridState.abort");
+static_assert(offsetof(GridState, abort_pad) == 132, "GridState.abort_pad");
+
+// All addresses and policies of a session, passed to every kernel.
+struct Params {
+  const void* embed_tokens;  // [vocab_size, hidden_size]
+  const void* lm_head;  // [vocab_size, hidden_size]; embed_tokens when tied
+  const float* norm;  // [hidden_size]
+  const LayerWeights* layers;  // [num_hidden_layers]
+  const double* inv_freq;  // RoPE frequencies, [head_dim / 2]
+  const int32_t* eos_ids;  // [n_eos_ids]
+  void* kv;  // [layers, pages, 2 (K, V), num_key_value_heads, page_size, head_dim]
+  float* x;  // residual stream, [max_rows, hidden_size]
+  float* q;  // rotated queries, [max_rows, num_attention_heads * head_dim]
+  float* span_max;  // largest score, [max_rows, num_attention_heads, max_spans]
+  float* span_sum;  // sum of exp(score - max), the same shape
+  float* span_acc;  // weighted V, [max_rows, num_attention_heads, max_spans, head_dim]
+  float* act;  // SiLU(gate) * up, [max_rows, intermediate_size]
+  float* rope;  // cosines then sines, [max_rows, 2, head_dim / 2]
+  uint64_t* best;  // packed (value, ~token) maxima: keyed sample, argmax; [max_rows, 2]
+  float* logits;  // null, or [max_len, vocab_size] by position, of slot 0 (tests)
+  float* scratch;  // CPU only: [teams, scratch_floats]; the GPU has shared memory
+  Mailbox* mailbox;
+  GridState* grid;
+  Submission* submissions;  // [submission_capacity]
+  int32_t* prompts;  // [prompt_capacity]
+  uint64_t* cancels;  // request ids, [submission_capacity]
+  uint8_t* cancelled;  // device's marks on waiting submissions, [submission_capacity]
+  Event* events;  // [event_capacity]
+  StepRecord* step_records;  // [step_capacity]
+  LoopState* state;
+  Step* step;
+  StepRecord* record;  // of the step in flight
+  Row* rows;  // [max_rows]
+  int32_t* sample_rows;  // row of each sampled row, [max_rows]
+  Slot* slots;  // [max_slots]
+  int32_t* order;  // running slots, oldest admission first, [max_slots]
+  int32_t* tokens;  // [max_slots, max_len]
+  int32_t* oracle;  // right output tokens, [max_slots, max_len]
+  int32_t* page_table;  // [max_slots, max_slot_pages]
+  int32_t* free_pages;  // a stack, [n_pages]
+  int32_t* page_owner;  // slot, or -1: free; [n_pages]
+  uint64_t spin_deadline_ns;  // a wait that lasts longer aborts the loop
+  int32_t version;  // kLayoutVersion
+  int32_t max_rows;  // rows of a step at most
+  int32_t max_slots;  // requests that run at once
+  int32_t max_len;  // tokens of a sequence at most
+  int32_t max_spans;  // ceil(max_len / kAttentionSpan)
+  int32_t max_slot_pages;  // ceil(max_len / page_size)
+  int32_t n_pages;
+  int32_t n_eos_ids;
+  int32_t scratch_floats;  // floats of scratch a team has
+  int32_t submission_capacity;  // power of two
+  int32_t prompt_capacity;  // power of two, tokens
+  int32_t event_capacity;  // power of two
+  int32_t step_capacity;  // power of two
+  int32_t prefill_chunk;  // prompt tokens of one request in one step at most
+  int32_t block;  // most tokens a verification may emit: drafts + 1
+  int32_t proposer;  // Proposer
+  int32_t acceptance;  // Acceptance
+  int32_t ngram_min;  // shortest suffix that is looked up
+  int32_t ngram_max;  // longest suffix that is looked up
+  int32_t mismatch_stride;  // oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never
+  int32_t forced_stride;  // forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0
+};
+static_assert(sizeof(Params) == 392, "Params");
+static_assert(offsetof(Params, embed_tokens) == 0, "Params.embed_tokens");
+static_assert(offsetof(Params, lm_head) == 8, "Params.lm_head");
+static_assert(offsetof(Params, norm) == 16, "Params.norm");
+static_assert(offsetof(Params, layers) == 24, "Params.layers");
+static_assert(offsetof(Params, inv_freq) == 32, "Params.inv_freq");
+static_assert(offsetof(Params, eos_ids) == 40, "Params.eos_ids");
+static_assert(offsetof(Params, kv) == 48, "Params.kv");
+static_assert(offsetof(Params, x) == 56, "Params.x");
+static_assert(offsetof(Params, q) == 64, "Params.q");
+static_assert(offsetof(Params, span_max) == 72, "Params.span_max");
+static_assert(offsetof(Params, span_sum) == 80, "Params.span_sum");
+static_assert(offsetof(Params, span_acc) == 88, "Params.span_acc");
+static_assert(offsetof(Params, act) == 96, "Params.act");
+static_assert(offsetof(Params, rope) == 104, "Params.rope");
+static_assert(offsetof(Params, best) == 112, "Params.best");
+static_assert(offsetof(Params, logits) == 120, "Params.logits");
+static_assert(offsetof(Params, scratch) == 128, "Params.scratch");
+static_assert(offsetof(Params, mailbox) == 136, "Params.mailbox");
+static_assert(offsetof(Params, grid) == 144, "Params.grid");
+static_assert(offsetof(Params, submissions) == 152, "Params.submissions");
+static_assert(offsetof(Params, prompts) == 160, "Params.prompts");
+static_assert(offsetof(Params, cancels) == 168, "Params.cancels");
+static_assert(offsetof(Params, cancelled) == 176, "Params.cancelled");
+static_assert(offsetof(Params, events) == 184, "Params.events");
+static_assert(offsetof(Params, step_records) == 192, "Params.step_records");
+static_assert(offsetof(Params, state) == 200, "Params.state");
+static_assert(offsetof(Params, step) == 208, "Params.step");
+static_assert(offsetof(Params, record) == 216, "Params.record");
+static_assert(offsetof(Params, rows) == 224, "Params.rows");
+static_assert(offsetof(Params, sample_rows) == 232, "Params.sample_rows");
+static_assert(offsetof(Params, slots) == 240, "Params.slots");
+static_assert(offsetof(Params, order) == 248, "Params.order");
+static_assert(offsetof(Params, tokens) == 256, "Params.tokens");
+static_assert(offsetof(Params, oracle) == 264, "Params.oracle");
+static_assert(offsetof(Params, page_table) == 272, "Params.page_table");
+static_assert(offsetof(Params, free_pages) == 280, "Params.free_pages");
+static_assert(offsetof(Params, page_owner) == 288, "Params.page_owner");
+static_assert(offsetof(Params, spin_deadline_ns) == 296, "Params.spin_deadline_ns");
+static_assert(offsetof(Params, version) == 304, "Params.version");
+static_assert(offsetof(Params, max_rows) == 308, "Params.max_rows");
+static_assert(offsetof(Params, max_slots) == 312, "Params.max_slots");
+static_assert(offsetof(Params, max_len) == 316, "Params.max_len");
+static_assert(offsetof(Params, max_spans) == 320, "Params.max_spans");
+static_assert(offsetof(Params, max_slot_pages) == 324, "Params.max_slot_pages");
+static_assert(offsetof(Params, n_pages) == 328, "Params.n_pages");
+static_assert(offsetof(Params, n_eos_ids) == 332, "Params.n_eos_ids");
+static_assert(offsetof(Params, scratch_floats) == 336, "Params.scratch_floats");
+static_assert(offsetof(Params, submission_capacity) == 340, "Params.submission_capacity");
+static_assert(offsetof(Params, prompt_capacity) == 344, "Params.prompt_capacity");
+static_assert(offsetof(Params, event_capacity) == 348, "Params.event_capacity");
+static_assert(offsetof(Params, step_capacity) == 352, "Params.step_capacity");
+static_assert(offsetof(Params, prefill_chunk) == 356, "Params.prefill_chunk");
+static_assert(offsetof(Params, block) == 360, "Params.block");
+static_assert(offsetof(Params, proposer) == 364, "Params.proposer");
+static_assert(offsetof(Params, acceptance) == 368, "Params.acceptance");
+static_assert(offsetof(Params, ngram_min) == 372, "Params.ngram_min");
+static_assert(offsetof(Params, ngram_max) == 376, "Params.ngram_max");
+static_assert(offsetof(Params, mismatch_stride) == 380, "Params.mismatch_stride");
+static_assert(offsetof(Params, forced_stride) == 384, "Params.forced_stride");
+
+#if defined(XL_VOCAB_SIZE)
+// The model's dimensions as compile-time constants, from -D definitions (see toolchain.dims_defines).
+struct ModelDims {
+  using Weight = XL_WEIGHT_TYPE;
+  using Cache = XL_CACHE_TYPE;
+  static constexpr int32_t vocab_size = XL_VOCAB_SIZE;
+  static constexpr int32_t hidden_size = XL_HIDDEN_SIZE;
+  static constexpr int32_t intermediate_size = XL_INTERMEDIATE_SIZE;
+  static constexpr int32_t num_hidden_layers = XL_NUM_HIDDEN_LAYERS;
+  static constexpr int32_t num_attention_heads = XL_NUM_ATTENTION_HEADS;
+  static constexpr int32_t num_key_value_heads = XL_NUM_KEY_VALUE_HEADS;
+  static constexpr int32_t head_dim = XL_HEAD_DIM;
+  static constexpr int32_t page_size = XL_PAGE_SIZE;
+  static constexpr float rms_norm_eps = XL_RMS_NORM_EPS;
+};
+#endif
+
+}  // namespace xl

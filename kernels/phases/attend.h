@@ -1,0 +1,80 @@
+// attend: softmax partials of one (row, KV head) over one span of 256 absolute positions (Dao et al. 2023, flash decoding).
+// Spans do not depend on the step, so a row's result does not either.
+#pragma once
+
+#include "numerics.h"
+#include "sync.h"
+#include "tiles.h"
+
+namespace xl {
+
+XL_FN int spans_of(int position) { return position / kAttentionSpan + 1; }
+
+// Where the partial of (row, query head, span) lies in span_max and span_sum; times head_dim in span_acc.
+template <class Dims>
+XL_FN size_t partial_at(const Params& p, const Dims& d, int row, int head, int span) {
+  return (size_t(row) * d.num_attention_heads + head) * p.max_spans + span;
+}
+
+// One warp: scores of the group's query heads against the span's keys, their softmax partial, the weighted values.
+// `scores`: the warp's own scratch, [group, kAttentionSpan].
+template <class Team, class Dims>
+XL_FN void attend_span(Team& team, const Params& p, const Dims& d, int layer, int r, int kv_head, int span, float* scores) {
+  using Chunk = typename Team::Chunk;
+  const Row row = p.rows[r];
+  const KvPages<Dims> pages(p, d, layer, row.slot);
+  const int group = d.num_attention_heads / d.num_key_value_heads, first_head = kv_head * group;
+  const int begin = span * kAttentionSpan;
+  const int count = row.position + 1 - begin < kAttentionSpan ? row.position + 1 - begin : kAttentionSpan;
+  const float* q = p.q + (size_t(r) * d.num_attention_heads + first_head) * d.head_dim;
+  const float scale = 1.0f / sqrt_(float(d.head_dim));
+
+  for (int j = 0; j < count; ++j)
+    dot_rows(team, pages.at(begin + j, KvPart::kKey, kv_head), q, d.head_dim, d.head_dim, group, [&](int g, float score) {
+      if (team.lane() == 0) scores[g * kAttentionSpan + j] = score * scale;
+    });
+  team.warp_sync();
+
+  for (int g = 0; g < group; ++g) {
+    float* own = scores + g * kAttentionSpan;
+    float largest = own[0];
+    for (int j = team.lane(); j < count; j += Team::lanes) largest = own[j] > largest ? own[j] : largest;
+    largest = warp_max(team, largest);
+    // Zeros behind the last key keep whole chunks, and add nothing.
+    const int padded = (count + kVirtualLanes - 1) / kVirtualLanes * kVirtualLanes;
+    for (int j = team.lane(); j < padded; j += Team::lanes) own[j] = j < count ? exp_(own[j] - largest) : 0.0f;
+    team.warp_sync();
+    Chunk total = Chunk::all(0.0f);
+    const Chunk one = Chunk::all(1.0f);
+    for (int j = 0; j < padded; j += kVirtualLanes) total = fma(Chunk::load(own + j, team.lane()), one, total);
+    const float sum = total.sum(team);
+    const size_t at = partial_at(p, d, r, first_head + g, span);
+    if (team.lane() == 0) {
+      p.span_max[at] = largest;
+      p.span_sum[at] = sum;
+    }
+    for (int i = 0; i < d.head_dim; i += kVirtualLanes) {
+      Chunk acc = Chunk::all(0.0f);
+      for (int j = 0; j < count; ++j)
+        acc = fma(Chunk::all(own[j]), Chunk::load(pages.at(begin + j, KvPart::kValue, kv_head) + i, team.lane()), acc);
+      acc.store(p.span_acc + at * d.head_dim + i, team.lane());
+    }
+  }
+  team.warp_sync();  // the next item overwrites `scores`
+}
+
+template <class Team, class Dims>
+XL_FN void phase_attend(Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
+  const int group = d.num_attention_heads / d.num_key_value_heads;
+  float* scores = team.scratch() + size_t(team.warp()) * group * kAttentionSpan;
+  const int warps = grid.teams * Team::warps, warp = grid.team * Team::warps + team.warp();
+  // Items (row, KV head, span) are dealt to warps in turn; `next` is this warp's next item, counted from the current row's first.
+  int next = warp;
+  for (int r = 0; r < p.step->n_rows; ++r) {
+    const int spans = spans_of(p.rows[r].position), items = spans * d.num_key_value_heads;
+    for (; next < items; next += warps) attend_span(team, p, d, layer, r, next / spans, next % spans, scores);
+    next -= items;
+  }
+}
+
+}  // namespace xl

@@ -1,0 +1,31 @@
+// gate_up: h = norm(x); act = SiLU(Wgate h) * (Wup h) (Shazeer 2020, SwiGLU).
+#pragma once
+
+#include "phases/norm.h"
+#include "tiles.h"
+
+namespace xl {
+
+template <class Team, class Dims>
+XL_FN void phase_gate_up(Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
+  using W = typename Dims::Weight;
+  const LayerWeights& weights = p.layers[layer];
+  const int hidden = d.hidden_size, ffn = d.intermediate_size;
+  const RowMajor<W> gate(weights.gate_proj, hidden), up(weights.up_proj, hidden);
+  const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden, n_rows);
+  const Range units = grid.share(team, ffn, 4);
+  float* normed = team.scratch();
+  for (int first = 0; first < n_rows; first += tile) {
+    const int count = n_rows - first < tile ? n_rows - first : tile;
+    stage_normed(
+        team, [&](int r) { return p.x + size_t(first + r) * hidden; }, weights.post_attention_layernorm, d.rms_norm_eps,
+        hidden, count, normed);
+    for (int n = units.begin; n < units.end; ++n)
+      dot_rows_pair(team, gate.row(n), up.row(n), normed, hidden, hidden, count, [&](int r, float g, float u) {
+        if (team.lane() == 0) p.act[size_t(first + r) * ffn + n] = silu(g) * u;
+      });
+    team.sync();  // the next tile overwrites `normed`
+  }
+}
+
+}  // namespace xl

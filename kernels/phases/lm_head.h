@@ -1,0 +1,46 @@
+// lm_head: final norm and logits of the rows that are sampled; the sampler is a running maximum in its epilogue.
+#pragma once
+
+#include "phases/norm.h"
+#include "sampling.h"
+#include "tiles.h"
+
+namespace xl {
+
+// Each warp keeps the best candidates of its part of the vocabulary and merges them at the end; a maximum does not depend on
+// how the vocabulary is divided.
+template <class Team, class Dims>
+XL_FN void phase_lm_head(Team& team, const Grid& grid, const Params& p, const Dims& d, int) {
+  using W = typename Dims::Weight;
+  const int hidden = d.hidden_size, n_sampled = p.step->n_sample_rows;
+  const RowMajor<W> matrix(p.lm_head, hidden);
+  const int per_row = hidden + Team::warps * 4;  // floats: a normed row, and two 64-bit maxima for each warp
+  const int tile = rows_that_fit(p, per_row, n_sampled);
+  const Range units = grid.share(team, d.vocab_size, 8);
+  float* normed = team.scratch();
+  for (int first = 0; first < n_sampled; first += tile) {
+    const int count = n_sampled - first < tile ? n_sampled - first : tile;
+    uint64_t* best = reinterpret_cast<uint64_t*>(normed + size_t(count) * hidden) + size_t(team.warp()) * count * 2;
+    for (int i = team.lane(); i < count * 2; i += Team::lanes) best[i] = 0;
+    stage_normed(
+        team, [&](int r) { return p.x + size_t(p.sample_rows[first + r]) * hidden; }, p.norm, d.rms_norm_eps, hidden,
+        count, normed);
+    for (int n = units.begin; n < units.end; ++n)
+      dot_rows(team, matrix.row(n), normed, hidden, hidden, count, [&](int r, float logit) {
+        if (team.lane() != 0) return;
+        const Row row = p.rows[p.sample_rows[first + r]];
+        const Slot& slot = p.slots[row.slot];
+        if (p.logits && row.slot == 0) p.logits[size_t(row.position) * d.vocab_size + n] = logit;
+        if (!(logit == logit)) return;
+        const float value = sampling_value(logit, slot.temperature, slot.seed, row.position + 1, n);
+        const uint64_t keyed = pack_candidate(value, n), greedy = pack_candidate(logit, n);
+        if (keyed > best[2 * r]) best[2 * r] = keyed;
+        if (greedy > best[2 * r + 1]) best[2 * r + 1] = greedy;
+      });
+    if (team.lane() == 0)
+      for (int i = 0; i < count * 2; ++i) max_relaxed(&p.best[2 * first + i], best[i]);
+    team.sync();  // the next tile overwrites `normed`
+  }
+}
+
+}  // namespace xl

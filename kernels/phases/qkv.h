@@ -1,0 +1,57 @@
+// qkv: h = norm(x); q = RoPE(Wq h), k = RoPE(Wk h), v = Wv h; k and v go to their page.
+#pragma once
+
+#include "phases/norm.h"
+#include "tiles.h"
+
+namespace xl {
+
+// A unit of work is one rotation pair (i, i + head_dim / 2) of one head: Q heads, then K heads, then V heads (not rotated).
+template <class Team, class Dims>
+XL_FN void phase_qkv(Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
+  using W = typename Dims::Weight;
+  const LayerWeights& weights = p.layers[layer];
+  const int hidden = d.hidden_size, half = d.head_dim / 2;
+  const int q_heads = d.num_attention_heads, kv_heads = d.num_key_value_heads;
+  const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden, n_rows);
+  const Range units = grid.share(team, (q_heads + 2 * kv_heads) * half, 4);
+  float* normed = team.scratch();
+  for (int first = 0; first < n_rows; first += tile) {
+    const int count = n_rows - first < tile ? n_rows - first : tile;
+    stage_normed(
+        team, [&](int r) { return p.x + size_t(first + r) * hidden; }, weights.input_layernorm, d.rms_norm_eps, hidden,
+        count, normed);
+    for (int unit = units.begin; unit < units.end; ++unit) {
+      const int head = unit / half, i = unit % half;
+      const bool is_q = head < q_heads, is_v = head >= q_heads + kv_heads;
+      const int own = is_q ? head : (is_v ? head - q_heads - kv_heads : head - q_heads);
+      const RowMajor<W> matrix(is_q ? weights.q_proj : (is_v ? weights.v_proj : weights.k_proj), hidden);
+      const W* low = matrix.row(own * d.head_dim + i);
+      const W* high = matrix.row(own * d.head_dim + i + half);
+      dot_rows_pair(team, low, high, normed, hidden, hidden, count, [&](int r, float a, float b) {
+        if (team.lane() != 0) return;
+        const int at = first + r;
+        if (!is_v) {
+          const float* rope = p.rope + size_t(at) * d.head_dim;
+          const float cosine = rope[i], sine = rope[half + i];
+          const float rotated = a * cosine - b * sine;
+          b = b * cosine + a * sine;
+          a = rotated;
+        }
+        if (is_q) {
+          float* q = p.q + (size_t(at) * q_heads + own) * d.head_dim;
+          q[i] = a;
+          q[i + half] = b;
+        } else {
+          const Row row = p.rows[at];
+          auto* kv = KvPages<Dims>(p, d, layer, row.slot).at(row.position, is_v ? KvPart::kValue : KvPart::kKey, own);
+          narrow(a, &kv[i]);
+          narrow(b, &kv[i + half]);
+        }
+      });
+    }
+    team.sync();  // the next tile overwrites `normed`
+  }
+}
+
+}  // namespace xl

@@ -1,0 +1,99 @@
+// Atomics, clock and waiting on a CPU, for the host and the race platform alike.
+#pragma once
+
+#include <math.h>
+#include <sched.h>
+#include <string.h>
+#include <time.h>
+
+#define XL_FN inline
+
+namespace xl {
+
+template <class T>
+XL_FN T load_acquire(const T* word) {
+  return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
+template <class T>
+XL_FN void store_release(T* word, T value) {
+  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+
+template <class T>
+XL_FN T load_acquire_system(const T* word) {
+  return load_acquire(word);
+}
+
+template <class T>
+XL_FN void store_release_system(T* word, T value) {
+  store_release(word, value);
+}
+
+// Arrives at a barrier: what this thread wrote before is visible to whoever acquires the sum.
+XL_FN void add_release(uint64_t* word, uint64_t value) { __atomic_fetch_add(word, value, __ATOMIC_ACQ_REL); }
+
+// Integer maximum; the result does not depend on the order of callers.
+XL_FN void max_relaxed(uint64_t* word, uint64_t value) {
+  uint64_t seen = __atomic_load_n(word, __ATOMIC_RELAXED);
+  while (seen < value &&
+         !__atomic_compare_exchange_n(word, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// Writes `value` if the word is 0; true for the one caller that did.
+XL_FN bool claim(uint32_t* word, uint32_t value) {
+  uint32_t zero = 0;
+  return __atomic_compare_exchange_n(word, &zero, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+XL_FN uint64_t clock_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return uint64_t(now.tv_sec) * 1000000000u + uint64_t(now.tv_nsec);
+}
+
+XL_FN void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield" ::: "memory");
+#endif
+}
+
+// One turn of a spin: pauses first, then gives the core away, then sleeps, so that more threads than cores still progress.
+XL_FN void relax(int& turns) {
+#if defined(XL_RACE)
+  constexpr int kPauses = 4, kYields = 4096;
+#else
+  constexpr int kPauses = 512, kYields = 1024;
+#endif
+  if (turns < kPauses) {
+    pause_cpu();
+  } else if (turns < kYields) {
+    sched_yield();
+  } else {
+    timespec nap = {0, 50000};
+    nanosleep(&nap, nullptr);
+    return;
+  }
+  ++turns;
+}
+
+XL_FN float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+XL_FN double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
+XL_FN float sqrt_(float x) { return sqrtf(x); }
+
+XL_FN float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+XL_FN uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+}  // namespace xl

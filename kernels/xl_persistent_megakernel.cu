@@ -1,0 +1,11 @@
+// The persistent megakernel: one launch, one team a multiprocessor, the whole loop. Dimensions are compile-time constants.
+
+#include "persistent.h"
+
+extern __shared__ float xl_scratch[];
+
+extern "C" __global__ void __launch_bounds__(xl::Team::threads, 1) xl_persistent_megakernel(const __grid_constant__ xl::Params p) {
+  xl::Team team = xl::this_team(xl_scratch);
+  xl::Grid grid{p.grid, p.mailbox, int(blockIdx.x), int(gridDim.x), p.spin_deadline_ns, 0};
+  xl::persistent_loop(team, grid, p, xl::ModelDims{});
+}

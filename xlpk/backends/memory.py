@@ -1,0 +1,198 @@
+"""A session's memory: one table of buffers with shapes, and the Params record that points into them.
+
+What each buffer holds is documented in xlpk/layout.py. The CPU allocates them with numpy; a GPU allocates the same table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xlpk import layout
+from xlpk.kv import KVPlan
+from xlpk.model import Model, ModelConfig
+from xlpk.speculation import Acceptance, Forced, Ngram, Oracle, Proposer
+
+WEIGHT_TYPES = {"bf16": layout.WeightType.BF16, "fp32": layout.WeightType.FP32}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that the user chooses; all are checked before anything is allocated."""
+
+    max_num_seqs: int  # requests that run at once
+    max_step_rows: int
+    prefill_chunk: int
+
+
+def power_of_two_at_least(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def buffer_table(config: ModelConfig, plan: KVPlan, limits: Limits, *, warps: int, logits: bool) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """name -> (shape, dtype) of every buffer but weights. `warps`: of one team, for scratch."""
+    rows, slots, max_len = limits.max_step_rows, limits.max_num_seqs, plan.max_len
+    heads, head_dim = config.num_attention_heads, config.head_dim
+    spans = -(-max_len // layout.ATTENTION_SPAN)
+    f32, i32 = np.float32, np.int32
+    submissions = 256
+    return {
+        "kv": ((plan.total_bytes,), np.uint8),
+        "x": ((rows, config.hidden_size), f32),
+        "q": ((rows, heads * head_dim), f32),
+        "span_max": ((rows, heads, spans), f32),
+        "span_sum": ((rows, heads, spans), f32),
+        "span_acc": ((rows, heads, spans, head_dim), f32),
+        "act": ((rows, config.intermediate_size), f32),
+        "rope": ((rows, head_dim), f32),
+        "best": ((rows, 2), np.uint64),
+        "logits": ((max_len, config.vocab_size) if logits else (0,), f32),
+        "mailbox": ((1,), layout.MAILBOX.dtype),
+        "grid": ((1,), layout.GRID_STATE.dtype),
+        "submissions": ((submissions,), layout.SUBMISSION.dtype),
+        "prompts": ((power_of_two_at_least(4 * max_len),), i32),
+        "cancels": ((submissions,), np.uint64),
+        "cancelled": ((submissions,), np.uint8),
+        "events": ((power_of_two_at_least(max(16384, 8 * slots * (layout.MAX_BLOCK + 1))),), layout.EVENT.dtype),
+        "step_records": ((8192,), layout.STEP_RECORD.dtype),
+        "state": ((1,), layout.LOOP_STATE.dtype),
+        "step": ((1,), layout.STEP.dtype),
+        "record": ((1,), layout.STEP_RECORD.dtype),
+        "rows": ((rows,), layout.ROW.dtype),
+        "sample_rows": ((rows,), i32),
+        "slots": ((slots,), layout.SLOT.dtype),
+        "order": ((slots,), i32),
+        "tokens": ((slots, max_len), i32),
+        "oracle": ((slots, max_len), i32),
+        "page_table": ((slots, plan.pages_for(max_len)), i32),
+        "free_pages": ((plan.pages,), i32),
+        "page_owner": ((plan.pages,), i32),
+    }
+
+
+def scratch_floats(config: ModelConfig, limits: Limits, *, warps: int) -> int:
+    """Floats of scratch with which a team takes all rows of a step at once; any smaller multiple of one row also works."""
+    staged = limits.max_step_rows * max(config.hidden_size + 4 * warps, config.num_attention_heads * config.head_dim)
+    group = config.num_attention_heads // config.num_key_value_heads
+    scores = warps * group * layout.ATTENTION_SPAN
+    return -(-max(staged, scores) // layout.VIRTUAL_LANES) * layout.VIRTUAL_LANES
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Zeros that start on a 128-byte line; pages of memory are touched only when used."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.zeros(size + 128, np.uint8)
+    skip = -raw.ctypes.data % 128
+    return raw[skip : skip + size].view(dtype).reshape(shape)
+
+
+def dims_record(config: ModelConfig, plan: KVPlan) -> np.ndarray[Any, Any]:
+    """The Dims record of a model."""
+    dims = np.zeros((), layout.DIMS.dtype)
+    for name, _, _ in layout.DIMS.fields:
+        dims[name] = plan.page_size if name == "page_size" else getattr(config, name)
+    return dims
+
+
+@dataclass
+class HostMemory:
+    """Everything that a CPU session points to; keeps it alive."""
+
+    params: np.ndarray[Any, Any]
+    dims: np.ndarray[Any, Any]
+    buffers: dict[str, np.ndarray[Any, Any]]
+    kept: list[Any]
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        return self.buffers[name]
+
+
+def layer_weights(model: Model) -> tuple[np.ndarray[Any, Any], list[Any]]:
+    """[num_hidden_layers] LayerWeights of host addresses, and the vectors that must stay alive."""
+    layers = np.zeros(model.config.num_hidden_layers, layout.LAYER_WEIGHTS.dtype)
+    kept: list[Any] = []
+    for index in range(model.config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        for field in ("input_layernorm", "post_attention_layernorm"):
+            vector = model.weights.vector(f"{prefix}{field}.weight")
+            kept.append(vector)
+            layers[field][index] = vector.ctypes.data
+        for field, block in (
+            *((name, "self_attn") for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+            *((name, "mlp") for name in ("gate_proj", "up_proj", "down_proj")),
+        ):
+            layers[field][index] = model.weights.matrix(f"{prefix}{block}.{field}.weight").address
+    return layers, kept
+
+
+def host_memory(
+    model: Model,
+    plan: KVPlan,
+    limits: Limits,
+    spec: Proposer,
+    acceptance: Acceptance,
+    *,
+    teams: int,
+    warps: int,
+    spin_deadline_s: float,
+    logits: bool,
+) -> HostMemory:
+    """Allocates a CPU session and fills its Params."""
+    config = model.config
+    buffers = {
+        name: aligned_zeros(shape, dtype)
+        for name, (shape, dtype) in buffer_table(config, plan, limits, warps=warps, logits=logits).items()
+    }
+    floats = scratch_floats(config, limits, warps=warps)
+    buffers["scratch"] = aligned_zeros((teams, floats), np.float32)
+    buffers["free_pages"][:] = np.arange(plan.pages - 1, -1, -1)
+    buffers["page_owner"][:] = -1
+    buffers["state"]["n_free_pages"] = plan.pages
+    layers, kept = layer_weights(model)
+    norm = model.weights.vector("model.norm.weight")
+    inv_freq = np.ascontiguousarray(config.inv_freq(), np.float64)
+    eos_ids = np.asarray(config.eos_token_ids or (-1,), np.int32)
+    embedding = model.weights.matrix("model.embed_tokens.weight")
+    head = embedding if config.tie_word_embeddings else model.weights.matrix("lm_head.weight")
+    kept += [model, layers, norm, inv_freq, eos_ids]
+
+    params = np.zeros((), layout.PARAMS.dtype)
+    for name, buffer in buffers.items():
+        params[name] = buffer.ctypes.data if buffer.size else 0
+    ngram = spec if isinstance(spec, Ngram) else Ngram()
+    values = {
+        "embed_tokens": embedding.address,
+        "lm_head": head.address,
+        "norm": norm.ctypes.data,
+        "layers": layers.ctypes.data,
+        "inv_freq": inv_freq.ctypes.data,
+        "eos_ids": eos_ids.ctypes.data,
+        "spin_deadline_ns": int(spin_deadline_s * 1e9),
+        "version": layout.VERSION,
+        "max_rows": limits.max_step_rows,
+        "max_slots": limits.max_num_seqs,
+        "max_len": plan.max_len,
+        "max_spans": buffers["span_max"].shape[2],
+        "max_slot_pages": buffers["page_table"].shape[1],
+        "n_pages": plan.pages,
+        "n_eos_ids": len(config.eos_token_ids),
+        "scratch_floats": floats,
+        "submission_capacity": buffers["submissions"].size,
+        "prompt_capacity": buffers["prompts"].size,
+        "event_capacity": buffers["events"].size,
+        "step_capacity": buffers["step_records"].size,
+        "prefill_chunk": limits.prefill_chunk,
+        "block": spec.block,
+        "proposer": spec.code,
+        "acceptance": acceptance.code,
+        "ngram_min": ngram.min_n,
+        "ngram_max": ngram.max_n,
+        "mismatch_stride": spec.mismatch_stride if isinstance(spec, Oracle) else 0,
+        "forced_stride": acceptance.stride if isinstance(acceptance, Forced) else 1,
+    }
+    for name, value in values.items():
+        params[name] = value
+    return HostMemory(params, dims_record(config, plan), buffers, kept)

@@ -1,0 +1,62 @@
+"""The KV plan: a budget becomes pages; the one place that knows how many bytes a page takes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from xlpk.errors import InputError
+from xlpk.layout import ATTENTION_SPAN
+from xlpk.model import ModelConfig
+from xlpk.units import parse_bytes
+
+_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass
+class KV:
+    """The `kv` group of the config."""
+
+    budget: str = "64MiB"  # `64MiB`, `1.5GiB` or `4096pages`
+    page_size: int = 16  # tokens; divides 256
+    dtype: str = "auto"  # auto (the model's), bf16, fp32
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """How KV is laid out: [layers, pages, 2, num_key_value_heads, page_size, head_dim]."""
+
+    pages: int
+    page_size: int  # tokens
+    page_bytes: int  # over all layers
+    dtype: str  # bf16 | fp32
+    max_len: int  # tokens of a sequence at most
+
+    @property
+    def total_bytes(self) -> int:
+        return self.pages * self.page_bytes
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    @staticmethod
+    def make(kv: KV, model: ModelConfig, weight_dtype: str, max_len: int) -> KVPlan:
+        """Raises InputError for a budget below one page, a page size that does not divide 256, an unknown dtype."""
+        if kv.page_size < 1 or ATTENTION_SPAN % kv.page_size:
+            raise InputError("kv.page_size", kv.page_size, f"a divisor of {ATTENTION_SPAN}: 1, 2, 4, ... {ATTENTION_SPAN}")
+        dtype = weight_dtype if kv.dtype == "auto" else kv.dtype
+        if dtype not in _ELEMENT_BYTES:
+            raise InputError("kv.dtype", kv.dtype, "one of auto, bf16, fp32")
+        values = 2 * model.num_hidden_layers * model.num_key_value_heads * kv.page_size * model.head_dim
+        page_bytes = values * _ELEMENT_BYTES[dtype]
+        if match := re.fullmatch(r"\s*(\d+)\s*pages\s*", kv.budget):
+            pages = int(match[1])
+        elif re.fullmatch(r"\s*\d+(\.\d+)?\s*([KMG]i?B|B)\s*", kv.budget):
+            pages = parse_bytes(kv.budget, "kv.budget") // page_bytes
+        else:
+            raise InputError("kv.budget", kv.budget, "a positive size such as 64MiB or 1.5GiB, or a count such as 4096pages")
+        if pages < 1:
+            raise InputError("kv.budget", kv.budget, f"at least one page; a page of this model takes {page_bytes} bytes")
+        if pages >= 1 << 31:
+            raise InputError("kv.budget", kv.budget, "fewer than 2^31 pages")
+        return KVPlan(pages, kv.page_size, page_bytes, dtype, max_len)

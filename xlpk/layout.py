@@ -1,0 +1,523 @@
+"""Every record and enum that host and device share, declared once.
+
+A record is a numpy dtype (`align=True`) and, rendered by `render()`, a C struct in `kernels/generated/layout.h` whose size
+and offsets are asserted by each compiler. Pointers are 64-bit addresses in the address space of whoever runs the kernels.
+The order of phases lives here too: it yields the device enum, the launched kernels and the names in every table.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+VERSION = 1
+
+CONSTANTS: dict[str, tuple[int, str]] = {
+    "kLayoutVersion": (VERSION, "checked when a session opens"),
+    "kVirtualLanes": (32, "every reduction runs over this many lanes and one fixed tree, whatever the team"),
+    "kAttentionSpan": (256, "keys an attention partial covers; absolute positions; the page size divides it"),
+    "kMaxBlock": (16, "most tokens one verify step may emit: 15 drafts and the bonus token"),
+    "kMaxStopIds": (8, "stop token ids a request may carry"),
+    "kLine": (128, "bytes between words that different agents write"),
+}
+VIRTUAL_LANES = CONSTANTS["kVirtualLanes"][0]
+ATTENTION_SPAN = CONSTANTS["kAttentionSpan"][0]
+MAX_BLOCK = CONSTANTS["kMaxBlock"][0]
+MAX_STOP_IDS = CONSTANTS["kMaxStopIds"][0]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The work between two grid barriers. `per` says how often a step runs it: `step` or `layer`."""
+
+    name: str
+    per: str
+    doc: str
+
+
+PHASES: tuple[Phase, ...] = (
+    Phase("embed", "step", "token embedding; RoPE angles; clears the samplers' maxima"),
+    Phase("qkv", "layer", "norm, Q K V projections, RoPE, K and V written to their pages"),
+    Phase("attend", "layer", "attention partials, one a (row, KV head, span of 256 keys)"),
+    Phase("output", "layer", "merge of the partials, O projection, residual"),
+    Phase("gate_up", "layer", "norm, gate and up projections, SiLU"),
+    Phase("down", "layer", "down projection, residual"),
+    Phase("lm_head", "step", "final norm, logits, keyed sampling as a running maximum"),
+    Phase("control", "step", "one team: verify, commit, publish, admit, draft, plan the next step"),
+)
+PHASE_NAMES: tuple[str, ...] = tuple(phase.name for phase in PHASES)
+
+
+class WeightType(enum.IntEnum):
+    """Storage type of matrices and of KV pages."""
+
+    BF16 = 0
+    FP32 = 1
+
+
+class SlotState(enum.IntEnum):
+    """What a slot (the device's place for one running request) is doing."""
+
+    FREE = 0
+    PREFILL = 1
+    DECODE = 2
+
+
+class EventKind(enum.IntEnum):
+    ADMITTED = 0
+    TOKEN = 1
+    FINISHED = 2
+
+
+class FinishReason(enum.IntEnum):
+    NONE = 0
+    EOS = 1
+    STOP = 2
+    LENGTH = 3
+    CANCELLED = 4
+    ERROR = 5
+
+
+class Proposer(enum.IntEnum):
+    NONE = 0
+    NGRAM = 1
+    ORACLE = 2
+
+
+class Acceptance(enum.IntEnum):
+    KEYED = 0
+    GREEDY = 1
+    FORCED = 2
+
+
+class AbortReason(enum.IntEnum):
+    """Why the loop left before it was told to; the first reason written stays."""
+
+    NONE = 0
+    HOST = 1
+    BARRIER_TIMEOUT = 2
+    PAGE_DOUBLE_ALLOCATION = 3
+    PAGE_DOUBLE_FREE = 4
+    PAGE_CONSERVATION = 5
+    NO_FREE_PAGE = 6
+
+
+ENUMS: tuple[type[enum.IntEnum], ...] = (
+    WeightType,
+    SlotState,
+    EventKind,
+    FinishReason,
+    Proposer,
+    Acceptance,
+    AbortReason,
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A C struct: fields are (name, type, doc); type is a scalar, `scalar[n]`, a record's name, or `ctype*`."""
+
+    name: str
+    doc: str
+    fields: tuple[tuple[str, str, str], ...]
+
+    @property
+    def dtype(self) -> np.dtype[np.void]:
+        return np.dtype([_numpy_field(name, kind) for name, kind, _ in self.fields], align=True)
+
+
+_SCALARS: dict[str, tuple[type[np.generic], str]] = {
+    "i32": (np.int32, "int32_t"),
+    "u32": (np.uint32, "uint32_t"),
+    "i64": (np.int64, "int64_t"),
+    "u64": (np.uint64, "uint64_t"),
+    "f32": (np.float32, "float"),
+    "u8": (np.uint8, "uint8_t"),
+}
+
+
+def _numpy_field(name: str, kind: str) -> tuple[object, ...]:
+    if kind.endswith("*"):
+        return (name, np.uint64)
+    if kind.endswith("]"):
+        base, count = kind[:-1].split("[")
+        return (name, _SCALARS[base][0], (int(count),))
+    return (name, _SCALARS[kind][0])
+
+
+def _c_field(name: str, kind: str) -> str:
+    if kind.endswith("*"):
+        return f"{kind} {name};"
+    if kind.endswith("]"):
+        base, count = kind[:-1].split("[")
+        return f"{_SCALARS[base][1]} {name}[{count}];"
+    return f"{_SCALARS[kind][1]} {name};"
+
+
+DIMS = Record(
+    "Dims",
+    "The model's dimensions, under their Hugging Face names. The GPU has them as compile-time constants of the same names.",
+    (
+        ("vocab_size", "i32", "tokens"),
+        ("hidden_size", "i32", "multiple of 32"),
+        ("intermediate_size", "i32", "multiple of 32"),
+        ("num_hidden_layers", "i32", "layers"),
+        ("num_attention_heads", "i32", "query heads"),
+        ("num_key_value_heads", "i32", "divides num_attention_heads"),
+        ("head_dim", "i32", "64 or 128"),
+        ("page_size", "i32", "tokens a KV page holds; divides 256"),
+        ("rms_norm_eps", "f32", ""),
+    ),
+)
+
+LAYER_WEIGHTS = Record(
+    "LayerWeights",
+    "One layer. Matrices are row-major [out, in] in the storage type of the model; norm vectors are float.",
+    (
+        ("input_layernorm", "const float*", "[hidden_size]"),
+        ("q_proj", "const void*", "[num_attention_heads * head_dim, hidden_size]"),
+        ("k_proj", "const void*", "[num_key_value_heads * head_dim, hidden_size]"),
+        ("v_proj", "const void*", "[num_key_value_heads * head_dim, hidden_size]"),
+        ("o_proj", "const void*", "[hidden_size, num_attention_heads * head_dim]"),
+        ("post_attention_layernorm", "const float*", "[hidden_size]"),
+        ("gate_proj", "const void*", "[intermediate_size, hidden_size]"),
+        ("up_proj", "const void*", "[intermediate_size, hidden_size]"),
+        ("down_proj", "const void*", "[hidden_size, intermediate_size]"),
+    ),
+)
+
+SUBMISSION = Record(
+    "Submission",
+    "A request as the host writes it into the submission ring; its tokens lie in the prompt ring.",
+    (
+        ("request_id", "u64", "unique within a session"),
+        ("prompt_begin", "u64", "running index of its first token in the prompt ring"),
+        ("seed", "u64", "key of its sampling noise"),
+        ("prompt_len", "i32", "tokens, >= 1"),
+        ("oracle_len", "i32", "right answers that follow the prompt in the prompt ring; 0 if none"),
+        ("max_new_tokens", "i32", ">= 1; prompt_len + max_new_tokens <= Params.max_len"),
+        ("ignore_eos", "i32", "0 or 1; end-of-sequence ids are not stop ids, they are Params.eos_ids"),
+        ("n_stop_ids", "i32", "0..kMaxStopIds"),
+        ("temperature", "f32", "0: greedy"),
+        ("stop_ids", "i32[8]", "token ids that end the output; the token itself is part of it"),
+    ),
+)
+
+EVENT = Record(
+    "Event",
+    "What the device publishes about a request, in order, in the event ring.",
+    (
+        ("request_id", "u64", ""),
+        ("step", "u64", "the step that produced it"),
+        ("device_ns", "u64", "device clock when it was published"),
+        ("kind", "i32", "EventKind"),
+        ("token", "i32", "TOKEN: its id"),
+        ("output_index", "i32", "TOKEN: 0 for the first output token; FINISHED: number of output tokens"),
+        ("reason", "i32", "FINISHED: FinishReason"),
+        ("n_drafts", "i32", "first TOKEN of a verification: drafts verified; else -1"),
+        ("n_accepted", "i32", "first TOKEN of a verification: drafts accepted; else -1"),
+    ),
+)
+
+STEP_RECORD = Record(
+    "StepRecord",
+    "What a step did and the state it left, published in the step ring when it was committed.",
+    (
+        ("step", "u64", "1 for the first step of the session"),
+        ("begin_ns", "u64", "device clock when the step was planned"),
+        ("end_ns", "u64", "device clock when it was committed"),
+        ("n_rows", "i32", "rows of the step"),
+        ("n_prefill_rows", "i32", ""),
+        ("n_decode_rows", "i32", ""),
+        ("n_draft_rows", "i32", ""),
+        ("n_sample_rows", "i32", "rows that reached the LM head"),
+        ("n_accepted", "i32", "drafts accepted"),
+        ("n_tokens", "i32", "tokens emitted"),
+        ("n_waiting", "i32", "requests in the submission ring"),
+        ("n_prefill", "i32", "requests that had prefill rows in the step"),
+        ("n_decode", "i32", "requests that had a decode row in the step"),
+        ("n_finished", "i32", "requests that the step finished"),
+        ("pages_total", "i32", "conservation: free + active + draft = total"),
+        ("pages_free", "i32", "while the step ran"),
+        ("pages_active", "i32", "hold or will hold committed tokens"),
+        ("pages_draft", "i32", "hold unverified tokens only"),
+        ("pages_locked", "i32", "part of active and draft that a row of the step refers to"),
+        ("live_tokens", "i32", "committed tokens whose K and V are stored, after the step"),
+        ("live_pages", "i32", "pages that hold them, after the step"),
+        ("phase_ns", f"u32[{len(PHASES)}]", "device time a phase took, barrier included, summed over layers"),
+    ),
+)
+
+ROW = Record(
+    "Row",
+    "One token of the ragged step.",
+    (
+        ("slot", "i32", ""),
+        ("position", "i32", "0-based position in its sequence"),
+        ("token", "i32", "its id"),
+        ("sample_row", "i32", "index among the rows that reach the LM head; -1: none"),
+    ),
+)
+
+STEP = Record(
+    "Step",
+    "The step descriptor: all that phases read besides weights, activations and pages.",
+    (
+        ("step", "u64", "its number"),
+        ("begin_ns", "u64", "device clock when it was planned"),
+        ("n_rows", "i32", "0: nothing to do"),
+        ("n_sample_rows", "i32", ""),
+        ("n_prefill_rows", "i32", ""),
+        ("n_decode_rows", "i32", ""),
+        ("n_draft_rows", "i32", ""),
+        ("n_prefill", "i32", "requests"),
+        ("n_decode", "i32", "requests"),
+        ("leave", "i32", "1: the loop leaves instead of running a step"),
+    ),
+)
+
+SLOT = Record(
+    "Slot",
+    "The device's state of one running request. Its tokens are Params.tokens[slot], prompt then output.",
+    (
+        ("request_id", "u64", ""),
+        ("seed", "u64", ""),
+        ("state", "i32", "SlotState"),
+        ("prompt_len", "i32", "tokens"),
+        ("length", "i32", "tokens known: prompt and committed output"),
+        ("computed", "i32", "tokens whose K and V are stored; length - 1 while decoding"),
+        ("max_new_tokens", "i32", ""),
+        ("ignore_eos", "i32", ""),
+        ("n_stop_ids", "i32", ""),
+        ("temperature", "f32", ""),
+        ("stop_ids", "i32[8]", ""),
+        ("oracle_len", "i32", "valid entries of Params.oracle[slot]"),
+        ("n_pages", "i32", "entries of Params.page_table[slot]"),
+        ("reserved_pages", "i32", "pages it may come to need: promised at admission, so that it can always go on"),
+        ("row_begin", "i32", "its rows in the step"),
+        ("row_count", "i32", "0: none in this step"),
+        ("n_drafts", "i32", "drafts among them, behind the decode row"),
+        ("n_accepted", "i32", "set by verification"),
+        ("n_emitted", "i32", "tokens that verification found: accepted drafts and one more"),
+        ("drafts", "i32[16]", "proposed tokens"),
+        ("emitted", "i32[16]", "token ids"),
+    ),
+)
+
+LOOP_STATE = Record(
+    "LoopState",
+    "Scalars of the control plane; only the controlling team touches them.",
+    (
+        ("n_steps", "u64", "steps planned so far"),
+        ("prompt_head", "u64", "prompt ring: next token to take"),
+        ("submit_head", "u64", "next submission to look at"),
+        ("cancel_head", "u64", "next cancellation to look at"),
+        ("event_tail", "u64", "events written, published at the end of control"),
+        ("step_tail", "u64", "step records written"),
+        ("n_free_pages", "i32", "entries of Params.free_pages; set by the host to all"),
+        ("n_reserved_pages", "i32", "sum of Slot.reserved_pages"),
+        ("n_order", "i32", "running requests: entries of Params.order, oldest first"),
+        ("admitted_slot", "i32", "slot whose tokens the team copies; -1: none"),
+        ("draft_rows", "i32", "rows that drafts of the next step may take; -1: no step can be planned now"),
+        ("phase_ns", f"u32[{len(PHASES)}]", "of the step in flight"),
+    ),
+)
+
+MAILBOX = Record(
+    "Mailbox",
+    "Words that host and device write for each other; each writer's words share no line with another's.",
+    (
+        ("submit_tail", "u64", "host: submissions written"),
+        ("cancel_tail", "u64", "host: cancellations written"),
+        ("event_head", "u64", "host: events taken"),
+        ("step_head", "u64", "host: step records taken"),
+        ("stop", "u32", "host: 1 asks the loop to leave"),
+        ("host_pad", "u8[92]", ""),
+        ("submit_head", "u64", "device: submissions taken"),
+        ("cancel_head", "u64", "device: cancellations taken"),
+        ("prompt_head", "u64", "device: prompt tokens taken"),
+        ("event_tail", "u64", "device: events published"),
+        ("step_tail", "u64", "device: step records published"),
+        ("abort", "u32", "device: AbortReason, copied from GridState for the host"),
+        ("abort_team", "u32", "device: the team that gave up first"),
+        ("device_pad", "u8[80]", ""),
+    ),
+)
+
+GRID_STATE = Record(
+    "GridState",
+    "Words that teams share with each other only.",
+    (
+        ("arrivals", "u64", "at the grid barrier since the start; never reset"),
+        ("arrivals_pad", "u8[120]", ""),
+        ("abort", "u32", "AbortReason; the first one written stays"),
+        ("abort_pad", "u8[124]", ""),
+    ),
+)
+
+PARAMS = Record(
+    "Params",
+    "All addresses and policies of a session, passed to every kernel.",
+    (
+        ("embed_tokens", "const void*", "[vocab_size, hidden_size]"),
+        ("lm_head", "const void*", "[vocab_size, hidden_size]; embed_tokens when tied"),
+        ("norm", "const float*", "[hidden_size]"),
+        ("layers", "const LayerWeights*", "[num_hidden_layers]"),
+        ("inv_freq", "const double*", "RoPE frequencies, [head_dim / 2]"),
+        ("eos_ids", "const int32_t*", "[n_eos_ids]"),
+        ("kv", "void*", "[layers, pages, 2 (K, V), num_key_value_heads, page_size, head_dim]"),
+        ("x", "float*", "residual stream, [max_rows, hidden_size]"),
+        ("q", "float*", "rotated queries, [max_rows, num_attention_heads * head_dim]"),
+        ("span_max", "float*", "largest score, [max_rows, num_attention_heads, max_spans]"),
+        ("span_sum", "float*", "sum of exp(score - max), the same shape"),
+        ("span_acc", "float*", "weighted V, [max_rows, num_attention_heads, max_spans, head_dim]"),
+        ("act", "float*", "SiLU(gate) * up, [max_rows, intermediate_size]"),
+        ("rope", "float*", "cosines then sines, [max_rows, 2, head_dim / 2]"),
+        ("best", "uint64_t*", "packed (value, ~token) maxima: keyed sample, argmax; [max_rows, 2]"),
+        ("logits", "float*", "null, or [max_len, vocab_size] by position, of slot 0 (tests)"),
+        ("scratch", "float*", "CPU only: [teams, scratch_floats]; the GPU has shared memory"),
+        ("mailbox", "Mailbox*", ""),
+        ("grid", "GridState*", ""),
+        ("submissions", "Submission*", "[submission_capacity]"),
+        ("prompts", "int32_t*", "[prompt_capacity]"),
+        ("cancels", "uint64_t*", "request ids, [submission_capacity]"),
+        ("cancelled", "uint8_t*", "device's marks on waiting submissions, [submission_capacity]"),
+        ("events", "Event*", "[event_capacity]"),
+        ("step_records", "StepRecord*", "[step_capacity]"),
+        ("state", "LoopState*", ""),
+        ("step", "Step*", ""),
+        ("record", "StepRecord*", "of the step in flight"),
+        ("rows", "Row*", "[max_rows]"),
+        ("sample_rows", "int32_t*", "row of each sampled row, [max_rows]"),
+        ("slots", "Slot*", "[max_slots]"),
+        ("order", "int32_t*", "running slots, oldest admission first, [max_slots]"),
+        ("tokens", "int32_t*", "[max_slots, max_len]"),
+        ("oracle", "int32_t*", "right output tokens, [max_slots, max_len]"),
+        ("page_table", "int32_t*", "[max_slots, max_slot_pages]"),
+        ("free_pages", "int32_t*", "a stack, [n_pages]"),
+        ("page_owner", "int32_t*", "slot, or -1: free; [n_pages]"),
+        ("spin_deadline_ns", "u64", "a wait that lasts longer aborts the loop"),
+        ("version", "i32", "kLayoutVersion"),
+        ("max_rows", "i32", "rows of a step at most"),
+        ("max_slots", "i32", "requests that run at once"),
+        ("max_len", "i32", "tokens of a sequence at most"),
+        ("max_spans", "i32", "ceil(max_len / kAttentionSpan)"),
+        ("max_slot_pages", "i32", "ceil(max_len / page_size)"),
+        ("n_pages", "i32", ""),
+        ("n_eos_ids", "i32", ""),
+        ("scratch_floats", "i32", "floats of scratch a team has"),
+        ("submission_capacity", "i32", "power of two"),
+        ("prompt_capacity", "i32", "power of two, tokens"),
+        ("event_capacity", "i32", "power of two"),
+        ("step_capacity", "i32", "power of two"),
+        ("prefill_chunk", "i32", "prompt tokens of one request in one step at most"),
+        ("block", "i32", "most tokens a verification may emit: drafts + 1"),
+        ("proposer", "i32", "Proposer"),
+        ("acceptance", "i32", "Acceptance"),
+        ("ngram_min", "i32", "shortest suffix that is looked up"),
+        ("ngram_max", "i32", "longest suffix that is looked up"),
+        ("mismatch_stride", "i32", "oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never"),
+        ("forced_stride", "i32", "forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0"),
+    ),
+)
+
+RECORDS: tuple[Record, ...] = (
+    DIMS,
+    LAYER_WEIGHTS,
+    SUBMISSION,
+    EVENT,
+    STEP_RECORD,
+    ROW,
+    STEP,
+    SLOT,
+    LOOP_STATE,
+    MAILBOX,
+    GRID_STATE,
+    PARAMS,
+)
+
+
+def _camel(name: str) -> str:
+    return "k" + "".join(part.capitalize() for part in name.split("_"))
+
+
+def render() -> str:
+    """The text of `kernels/generated/layout.h`."""
+    out = [
+        "// Rendered by `python -m xlpk.layout`; edit xlpk/layout.py instead.",
+        "#pragma once",
+        "#include <cstddef>",
+        "#include <cstdint>",
+        "",
+        "namespace xl {",
+        "",
+        "// Storage of a bf16 number: the upper half of a float.",
+        "struct bf16 {",
+        "  uint16_t bits;",
+        "};",
+        "",
+    ]
+    for name, (value, doc) in CONSTANTS.items():
+        out.append(f"constexpr int {name} = {value};  // {doc}")
+    out.append("")
+    for enumeration in ENUMS:
+        members = ", ".join(f"{_camel(member.name)} = {member.value}" for member in enumeration)
+        out.append(f"enum class {enumeration.__name__} : int32_t {{ {members} }};")
+    out += ["", "enum class Phase : int32_t {"]
+    out += [f"  {_camel(phase.name)} = {index},  // {phase.doc}" for index, phase in enumerate(PHASES)]
+    out += ["};", f"constexpr int kPhases = {len(PHASES)};"]
+    forward = ", ".join(f"X({phase.name}, {_camel(phase.name)})" for phase in PHASES[:-1])
+    out.append(f"#define XL_FORWARD_PHASES(X) {forward.replace(', X', ' X')}")
+    first = next(index for index, phase in enumerate(PHASES) if phase.per == "layer")
+    last = max(index for index, phase in enumerate(PHASES) if phase.per == "layer")
+    out += [
+        f"constexpr int kFirstLayerPhase = {first};",
+        f"constexpr int kLastLayerPhase = {last};",
+        "",
+    ]
+    for record in RECORDS:
+        out.append(f"// {record.doc}")
+        out.append(f"struct {record.name} {{")
+        out += [f"  {_c_field(name, kind)}" + (f"  // {doc}" if doc else "") for name, kind, doc in record.fields]
+        out.append("};")
+        dtype = record.dtype
+        out.append(f"static_assert(sizeof({record.name}) == {dtype.itemsize}, \"{record.name}\");")
+        assert dtype.fields is not None
+        out += [
+            f"static_assert(offsetof({record.name}, {name}) == {dtype.fields[name][1]}, \"{record.name}.{name}\");"
+            for name, _, _ in record.fields
+        ]
+        out.append("")
+    out += [
+        "#if defined(XL_VOCAB_SIZE)",
+        "// The model's dimensions as compile-time constants, from -D definitions (see toolchain.dims_defines).",
+        "struct ModelDims {",
+        "  using Weight = XL_WEIGHT_TYPE;",
+        "  using Cache = XL_CACHE_TYPE;",
+    ]
+    for name, kind, _ in DIMS.fields:
+        out.append(f"  static constexpr {_SCALARS[kind][1]} {name} = XL_{name.upper()};")
+    out += ["};", "#endif", "", "}  // namespace xl"]
+    return "\n".join(out) + "\n"
+
+
+def phase_sequence(num_hidden_layers: int) -> list[tuple[int, int]]:
+    """(phase, layer) in the order in which one step's forward pass runs them; control is not part of it."""
+    first = next(index for index, phase in enumerate(PHASES) if phase.per == "layer")
+    last = max(index for index, phase in enumerate(PHASES) if phase.per == "layer")
+    before = [(index, 0) for index in range(first)]
+    layers = [(index, layer) for layer in range(num_hidden_layers) for index in range(first, last + 1)]
+    return before + layers + [(index, 0) for index in range(last + 1, len(PHASES) - 1)]
+
+
+def main() -> None:
+    """Writes the header beside the kernels of this checkout."""
+    target = Path(__file__).resolve().parents[1] / "kernels" / "generated" / "layout.h"
+    target.write_text(render())
+
+
+if __name__ == "__main__":
+    main()

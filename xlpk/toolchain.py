@@ -1,0 +1,190 @@
+"""Builds the kernels: the CPU library with the host's C++ compiler, cubins with nvcc, each kept under a hash of its inputs.
+
+A cache entry's name covers the kernels' text, the compiler and its version, the flags and the CPU's features, so a stale one
+is never used. What a build took and what ptxas said comes back in a `Build`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlpk.errors import ToolError
+
+# Rule 3 of the design: equal bits need no contraction and no fast-math; FMA only where the source calls it.
+CXX_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",  # g++ 12 on its own AVX-512 headers
+    "-Wno-uninitialized",
+)
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-cubin", "-Xptxas", "-v", "-lineinfo")
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What ptxas reports of one kernel."""
+
+    name: str
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack_bytes: int
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled file and how it came about."""
+
+    path: Path
+    compiler: str  # command and version line
+    flags: str
+    seconds: float  # 0 when it was in the cache
+    cached: bool
+    kernels: tuple[KernelResources, ...] = field(default=())
+
+
+def kernels_folder() -> Path:
+    """Where the C++ sources are installed."""
+    import xlpk.kernels
+
+    return Path(xlpk.kernels.__path__[0])
+
+
+def find_cxx() -> str:
+    """$CXX, g++ or clang++, in this order. ToolError if there is none."""
+    wanted = os.environ.get("CXX")
+    for command in [wanted] if wanted else ["g++", "clang++"]:
+        if shutil.which(shlex.split(command)[0]):
+            return command
+    named = f"CXX={wanted} was not found" if wanted else "no C++ compiler was found (g++, clang++)"
+    raise ToolError(f"{named}: install one (Debian: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)")
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, or None."""
+    return shutil.which("nvcc")
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _version_line(command: str) -> str:
+    lines = [line for line in _run([*shlex.split(command), "--version"]).stdout.splitlines() if line.strip()]
+    release = next((line for line in lines if "release" in line), lines[0] if lines else "unknown version")
+    return release.strip()
+
+
+def _cpu_features() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    match = re.search(r"^(flags|Features)\s*:.*$", text, re.MULTILINE)
+    return match[0] if match else platform.machine()
+
+
+def _content_hash(folder: Path, *facts: str) -> str:
+    digest = hashlib.sha256("\0".join(facts).encode())
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".h", ".cpp", ".cu"}:
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _compile(command: Sequence[str], target: Path) -> tuple[str, float]:
+    """Runs a compiler that writes `target` by its last two arguments `-o PATH`; atomic. (its messages, seconds)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    begin = time.perf_counter()
+    done = _run([*command, "-o", str(unfinished)])
+    seconds = time.perf_counter() - begin
+    if done.returncode != 0:
+        unfinished.unlink(missing_ok=True)
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
+        raise ToolError(f"{command[0]} failed (exit {done.returncode}): {first}")
+    unfinished.replace(target)
+    return done.stderr, seconds
+
+
+def build_cpu_library(cache: Path, *, extra_flags: Sequence[str] = (), folder: Path | None = None) -> Build:
+    """The shared library of `kernels/cpu.cpp`, built if the cache lacks it.
+
+    Args:
+        cache: folder of finished builds.
+        extra_flags: appended to CXX_FLAGS, for instance `-DXL_RACE -fsanitize=thread`.
+        folder: another copy of the kernels (tests of planted faults).
+    """
+    source = folder or kernels_folder()
+    cxx = find_cxx()
+    version = _version_line(cxx)
+    flags = [*CXX_FLAGS, *extra_flags]
+    name = f"libxlpk-{_content_hash(source, cxx, version, ' '.join(flags), _cpu_features())}.so"
+    target = cache / "build" / name
+    compiler = f"{cxx} ({version})"
+    if target.exists():
+        return Build(target, compiler, " ".join(flags), 0.0, True)
+    _, seconds = _compile([*shlex.split(cxx), *flags, f"-I{source}", str(source / "cpu.cpp")], target)
+    return Build(target, compiler, " ".join(flags), seconds, False)
+
+
+def parse_ptxas(text: str) -> tuple[KernelResources, ...]:
+    """Registers, stack and spills of each kernel from `ptxas -v`."""
+    found = []
+    for block in re.split(r"Compiling entry function ", text)[1:]:
+        name = re.match(r"'([^']+)'", block)
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        registers = re.search(r"Used (\d+) registers", block)
+        if name and frame and registers:
+            found.append(KernelResources(name[1], int(registers[1]), int(frame[2]), int(frame[3]), int(frame[1])))
+    return tuple(found)
+
+
+def dims_defines(dims: np.ndarray[Any, Any], weight: str, cache: str) -> dict[str, str]:
+    """A Dims record and storage types (bf16, fp32) as -D definitions of `ModelDims`."""
+    types = {"bf16": "bf16", "fp32": "float"}
+    defines = {"XL_WEIGHT_TYPE": types[weight], "XL_CACHE_TYPE": types[cache]}
+    for name in dims.dtype.names or ():
+        value = dims[name].item()
+        defines[f"XL_{name.upper()}"] = f"{value!r}f" if isinstance(value, float) else str(value)
+    return defines
+
+
+def build_cubin(source: str, cache: Path, *, arch: str, defines: Mapping[str, str]) -> Build:
+    """A cubin of `kernels/<source>` with the model's dimensions as compile-time constants. ToolError without nvcc."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise ToolError("nvcc was not found: install the CUDA toolkit and put its bin folder on PATH")
+    folder = kernels_folder()
+    version = _version_line(nvcc)
+    flags = [*NVCC_FLAGS, f"-arch={arch}", *[f"-D{key}={value}" for key, value in sorted(defines.items())]]
+    target = cache / "build" / f"{Path(source).stem}-{_content_hash(folder, source, version, ' '.join(flags))}.cubin"
+    report = target.with_suffix(".ptxas")
+    compiler = f"{nvcc} ({version})"
+    if target.exists() and report.exists():
+        return Build(target, compiler, " ".join(flags), 0.0, True, parse_ptxas(report.read_text()))
+    messages, seconds = _compile([nvcc, *flags, f"-I{folder}", str(folder / source)], target)
+    report.write_text(messages)
+    return Build(target, compiler, " ".join(flags), seconds, False, parse_ptxas(messages))

@@ -1,0 +1,34 @@
+"""Quantities as users type them and as tables show them: sizes in bytes, percentiles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from xlpk.errors import InputError
+
+_SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str, field: str) -> int:
+    """`64MiB` -> 67108864. Raises InputError naming `field`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", text)
+    if not match or float(match[1]) <= 0:
+        raise InputError(field, text, "a positive size such as 64MiB or 1.5GiB")
+    return int(float(match[1]) * _SIZES[match[2]])
+
+
+def format_bytes(count: float) -> str:
+    """67108864 -> `64.0 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0..100), linear between neighbours, as numpy's default."""
+    return float(np.percentile(np.asarray(values, dtype=np.float64), q))
