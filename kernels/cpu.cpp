@@ -241,18 +241,22 @@ int32_t xl_synchronize(Session* session) {
   return xl_aborted(session);
 }
 
-// Weights by a counter hash: elements first .. first + count of tensor `tensor`, as xlpk/weights.py defines them.
+// Weights by a counter hash: elements first .. first + count of tensor `tensor`, as xlpk/weights.py defines them. `first` is a
+// multiple of 4.
 void xl_fill_hash(void* out, uint64_t first, uint64_t count, uint32_t tensor, uint64_t seed, float scale, int32_t type) {
-  for (uint64_t i = 0; i < count;) {
-    const uint64_t index = first + i;
-    const Words4 words = philox(uint32_t(index / 4), uint32_t((index / 4) >> 32), tensor, 0, seed);
-    for (uint64_t j = index % 4; j < 4 && i < count; ++j, ++i) {
-      const float value = hashed_weight(words.w[j], scale);
-      if (WeightType(type) == WeightType::kBf16) {
-        static_cast<bf16*>(out)[i] = to_bf16(value);
-      } else {
-        static_cast<float*>(out)[i] = value;
-      }
+  constexpr int kBlocks = 64;  // counters at a time, for vector units
+  float values[kBlocks][4];
+  for (uint64_t done = 0; done < count; done += 4 * kBlocks) {
+    const uint64_t block = (first + done) / 4;
+    for (int b = 0; b < kBlocks; ++b) {
+      const Words4 words = philox(uint32_t(block + uint64_t(b)), uint32_t((block + uint64_t(b)) >> 32), tensor, 0, seed);
+      for (int j = 0; j < 4; ++j) values[b][j] = hashed_weight(words.w[j], scale);
+    }
+    const uint64_t left = count - done, n = left < 4 * kBlocks ? left : 4 * kBlocks;
+    if (WeightType(type) == WeightType::kBf16) {
+      for (uint64_t i = 0; i < n; ++i) static_cast<bf16*>(out)[done + i] = to_bf16(values[i / 4][i % 4]);
+    } else {
+      for (uint64_t i = 0; i < n; ++i) static_cast<float*>(out)[done + i] = values[i / 4][i % 4];
     }
   }
 }

@@ -54,13 +54,14 @@ XL_FN float log_(float x) {
   return fma_(n, 0.693359375f, f + rest);
 }
 
-// Sine and cosine of position * frequency: the angle and its reduction in double, so positions up to 2^31 keep full accuracy.
+// Sine and cosine of position * frequency, about 1/2 ulp of 1: the angle and its reduction in double, with what the product
+// lost, so positions up to 2^31 keep full accuracy.
 XL_FN void sincos_(int position, double frequency, float* sine, float* cosine) {
-  const double angle = double(position) * frequency;
+  const double angle = double(position) * frequency, lost = fma_(double(position), frequency, -angle);
   const double shifted = fma_(angle, 0.63661977236758134308, 6755399441055744.0);  // 1.5 * 2^52: rounds to nearest
   const double n = shifted - 6755399441055744.0;
   double r = fma_(n, -1.57079632679489655800, angle);
-  r = fma_(n, -6.12323399573676603587e-17, r);
+  r = fma_(n, -6.12323399573676603587e-17, r) + lost;
   const double z = r * r;
   double s = -1.0 / 39916800.0;
   s = fma_(s, z, 1.0 / 362880.0);
@@ -101,6 +102,9 @@ struct Words4 {
 
 XL_FN Words4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#if !defined(__CUDACC__)
+#pragma GCC unroll 10  // so that loops over counters become vectors
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
     const uint32_t next0 = uint32_t(b >> 32) ^ c1 ^ k0, next2 = uint32_t(a >> 32) ^ c3 ^ k1;

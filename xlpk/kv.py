@@ -36,6 +36,11 @@ class KVPlan:
     def total_bytes(self) -> int:
         return self.pages * self.page_bytes
 
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token, over all layers."""
+        return self.page_bytes // self.page_size
+
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
@@ -43,7 +48,9 @@ class KVPlan:
     def make(kv: KV, model: ModelConfig, weight_dtype: str, max_len: int) -> KVPlan:
         """Raises InputError for a budget below one page, a page size that does not divide 256, an unknown dtype."""
         if kv.page_size < 1 or ATTENTION_SPAN % kv.page_size:
-            raise InputError("kv.page_size", kv.page_size, f"a divisor of {ATTENTION_SPAN}: 1, 2, 4, ... {ATTENTION_SPAN}")
+            raise InputError(
+                "kv.page_size", kv.page_size, f"a divisor of {ATTENTION_SPAN}: 1, 2, 4, ... {ATTENTION_SPAN}"
+            )
         dtype = weight_dtype if kv.dtype == "auto" else kv.dtype
         if dtype not in _ELEMENT_BYTES:
             raise InputError("kv.dtype", kv.dtype, "one of auto, bf16, fp32")
@@ -54,9 +61,13 @@ class KVPlan:
         elif re.fullmatch(r"\s*\d+(\.\d+)?\s*([KMG]i?B|B)\s*", kv.budget):
             pages = parse_bytes(kv.budget, "kv.budget") // page_bytes
         else:
-            raise InputError("kv.budget", kv.budget, "a positive size such as 64MiB or 1.5GiB, or a count such as 4096pages")
+            raise InputError(
+                "kv.budget", kv.budget, "a positive size such as 64MiB or 1.5GiB, or a count such as 4096pages"
+            )
         if pages < 1:
-            raise InputError("kv.budget", kv.budget, f"at least one page; a page of this model takes {page_bytes} bytes")
+            raise InputError(
+                "kv.budget", kv.budget, f"at least one page; a page of this model takes {page_bytes} bytes"
+            )
         if pages >= 1 << 31:
             raise InputError("kv.budget", kv.budget, "fewer than 2^31 pages")
         return KVPlan(pages, kv.page_size, page_bytes, dtype, max_len)

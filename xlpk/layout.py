@@ -1,8 +1,8 @@
 """Every record and enum that host and device share, declared once.
 
-A record is a numpy dtype (`align=True`) and, rendered by `render()`, a C struct in `kernels/generated/layout.h` whose size
-and offsets are asserted by each compiler. Pointers are 64-bit addresses in the address space of whoever runs the kernels.
-The order of phases lives here too: it yields the device enum, the launched kernels and the names in every table.
+A record is a numpy dtype (`align=True`) and, rendered by `render()`, a C struct in `kernels/generated/layout.h` whose
+size and offsets are asserted by each compiler. Pointers are 64-bit addresses in the address space of whoever runs the
+kernels. The order of phases lives here too: it yields the device enum, the launched kernels and the names in tables.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _c_field(name: str, kind: str) -> str:
 
 DIMS = Record(
     "Dims",
-    "The model's dimensions, under their Hugging Face names. The GPU has them as compile-time constants of the same names.",
+    "The model's dimensions, under their Hugging Face names; on the GPU, compile-time constants of the same names.",
     (
         ("vocab_size", "i32", "tokens"),
         ("hidden_size", "i32", "multiple of 32"),
@@ -245,6 +245,7 @@ STEP_RECORD = Record(
         ("pages_active", "i32", "hold or will hold committed tokens"),
         ("pages_draft", "i32", "hold unverified tokens only"),
         ("pages_locked", "i32", "part of active and draft that a row of the step refers to"),
+        ("context_tokens", "i32", "tokens whose K and V the step had to read, once a request, its own rows included"),
         ("live_tokens", "i32", "committed tokens whose K and V are stored, after the step"),
         ("live_pages", "i32", "pages that hold them, after the step"),
         ("phase_ns", f"u32[{len(PHASES)}]", "device time a phase took, barrier included, summed over layers"),
@@ -484,10 +485,10 @@ def render() -> str:
         out += [f"  {_c_field(name, kind)}" + (f"  // {doc}" if doc else "") for name, kind, doc in record.fields]
         out.append("};")
         dtype = record.dtype
-        out.append(f"static_assert(sizeof({record.name}) == {dtype.itemsize}, \"{record.name}\");")
+        out.append(f'static_assert(sizeof({record.name}) == {dtype.itemsize}, "{record.name}");')
         assert dtype.fields is not None
         out += [
-            f"static_assert(offsetof({record.name}, {name}) == {dtype.fields[name][1]}, \"{record.name}.{name}\");"
+            f'static_assert(offsetof({record.name}, {name}) == {dtype.fields[name][1]}, "{record.name}.{name}");'
             for name, _, _ in record.fields
         ]
         out.append("")

@@ -80,8 +80,11 @@ class ModelConfig:
         if self.head_dim not in HEAD_DIMS:
             raise InputError("head_dim", self.head_dim, f"one of {', '.join(map(str, HEAD_DIMS))}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError("num_key_value_heads", self.num_key_value_heads,
-                             f"a divisor of num_attention_heads={self.num_attention_heads}")
+            raise InputError(
+                "num_key_value_heads",
+                self.num_key_value_heads,
+                f"a divisor of num_attention_heads={self.num_attention_heads}",
+            )
         for key in ("rms_norm_eps", "rope_theta"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) > 0):
                 raise InputError(key, getattr(self, key), "a finite number above 0")
@@ -94,13 +97,21 @@ class ModelConfig:
             if not 0 < scaling.low_freq_factor < math.inf:
                 raise InputError("rope_scaling.low_freq_factor", scaling.low_freq_factor, "a finite number above 0")
             if not scaling.low_freq_factor < scaling.high_freq_factor < math.inf:
-                raise InputError("rope_scaling.high_freq_factor", scaling.high_freq_factor,
-                                 f"finite and above low_freq_factor={scaling.low_freq_factor}")
+                raise InputError(
+                    "rope_scaling.high_freq_factor",
+                    scaling.high_freq_factor,
+                    f"finite and above low_freq_factor={scaling.low_freq_factor}",
+                )
             if not 1 <= scaling.original_max_position_embeddings <= MAX_POSITIONS:
-                raise InputError("rope_scaling.original_max_position_embeddings",
-                                 scaling.original_max_position_embeddings, f"1 to {MAX_POSITIONS}")
-        for key, ids in (("bos_token_id", () if self.bos_token_id is None else (self.bos_token_id,)),
-                         ("eos_token_id", self.eos_token_ids)):
+                raise InputError(
+                    "rope_scaling.original_max_position_embeddings",
+                    scaling.original_max_position_embeddings,
+                    f"1 to {MAX_POSITIONS}",
+                )
+        for key, ids in (
+            ("bos_token_id", () if self.bos_token_id is None else (self.bos_token_id,)),
+            ("eos_token_id", self.eos_token_ids),
+        ):
             for token in ids:
                 if not 0 <= token < self.vocab_size:
                     raise InputError(key, token, f"0 to {self.vocab_size - 1} (vocab_size={self.vocab_size})")
@@ -117,8 +128,9 @@ class ModelConfig:
         hidden = reader.whole("hidden_size")
         theta, scaling = reader.rope()
         if reader.get("head_dim") is None and heads > 0 and hidden % heads:
-            raise InputError(f"{source}:hidden_size", hidden,
-                             f"a multiple of num_attention_heads={heads}, or a head_dim of its own")
+            raise InputError(
+                f"{source}:hidden_size", hidden, f"a multiple of num_attention_heads={heads}, or a head_dim of its own"
+            )
         try:
             return cls(
                 vocab_size=reader.whole("vocab_size"),
@@ -189,6 +201,17 @@ class ModelConfig:
         """Weights in the model; a tied embedding counts once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
+    def phase_bytes(self, dtype: str) -> dict[str, int]:
+        """Weight bytes that a step must read at least once, by phase (layout.PHASES); `embed` reads one row a token."""
+        totals = dict.fromkeys(("qkv", "output", "gate_up", "down", "lm_head"), 0)
+        for name, shape in self.tensor_shapes().items():
+            part = name.split(".")[-2]
+            if phase := _PHASE_OF.get(part):
+                totals[phase] += (4 if len(shape) == 1 else ELEMENT_BYTES[dtype]) * math.prod(shape)
+            if part == "embed_tokens" and self.tie_word_embeddings:
+                totals["lm_head"] += ELEMENT_BYTES[dtype] * math.prod(shape)
+        return totals
+
     def bytes_per_token(self, dtype: str) -> int:
         """Weight bytes that one decode step of one row must read, with matrices in `dtype` ("bf16" | "fp32").
 
@@ -206,6 +229,21 @@ class ModelConfig:
             else:
                 total += ELEMENT_BYTES[dtype] * math.prod(shape)
         return total
+
+
+_PHASE_OF = {
+    "input_layernorm": "qkv",
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "o_proj": "output",
+    "post_attention_layernorm": "gate_up",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+    "down_proj": "down",
+    "norm": "lm_head",
+    "lm_head": "lm_head",
+}
 
 
 class _Reader:
@@ -274,8 +312,9 @@ class _Reader:
         if value is None:
             return "float32"
         if not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES:
-            raise self.refuse("dtype" if self.get("dtype") is not None else "torch_dtype", value,
-                              f"one of {', '.join(DTYPES)}")
+            raise self.refuse(
+                "dtype" if self.get("dtype") is not None else "torch_dtype", value, f"one of {', '.join(DTYPES)}"
+            )
         return value.removeprefix("torch.")
 
     def check_family(self) -> None:
@@ -287,8 +326,11 @@ class _Reader:
         if model_type is not None and model_type != "llama":
             raise self.refuse("model_type", model_type, "only llama is supported")
         if self.get("quantization_config") is not None:
-            raise self.refuse("quantization_config", self.get("quantization_config"),
-                              "unquantized bfloat16 or float32 checkpoints only")
+            raise self.refuse(
+                "quantization_config",
+                self.get("quantization_config"),
+                "unquantized bfloat16 or float32 checkpoints only",
+            )
         if self.get("hidden_act") not in (None, "silu"):
             raise self.refuse("hidden_act", self.get("hidden_act"), "only silu is supported")
         for key in ("attention_bias", "mlp_bias"):
@@ -328,23 +370,57 @@ class _Reader:
 SHAPES: dict[str, ModelConfig] = {
     # Llama-3.2-1B: 1,235,814,400 parameters
     "llama_1b_shape": ModelConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=500000.0,
-        rope_scaling=Llama3Rope(32.0, 1.0, 4.0, 8192), max_position_embeddings=131072, tie_word_embeddings=True,
-        dtype="bfloat16", bos_token_id=128000, eos_token_ids=(128001,),
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=Llama3Rope(32.0, 1.0, 4.0, 8192),
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        bos_token_id=128000,
+        eos_token_ids=(128001,),
     ),
     # Llama-3.1-8B: 8,030,261,248 parameters
     "llama_8b_shape": ModelConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_theta=500000.0,
-        rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192), max_position_embeddings=131072, tie_word_embeddings=False,
-        dtype="bfloat16", bos_token_id=128000, eos_token_ids=(128001,),
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192),
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        bos_token_id=128000,
+        eos_token_ids=(128001,),
     ),
     # The 160 M class: width and depth of JackFram/llama-160m, with grouped queries: 160,058,112 parameters
     "llama_160m_shape": ModelConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=3328, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=4, head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
-        max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16", bos_token_id=1, eos_token_ids=(2,),
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=3328,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        bos_token_id=1,
+        eos_token_ids=(2,),
     ),
 }
 
@@ -378,8 +454,9 @@ class Model:
         return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def load_model(name_or_shape: str, path: Path | None = None, seed: int = 0, dtype: str = "auto",
-               fill: Fill | None = None) -> Model:
+def load_model(
+    name_or_shape: str, path: Path | None = None, seed: int = 0, dtype: str = "auto", fill: Fill | None = None
+) -> Model:
     """A folder in the Hugging Face layout, the packaged "tiny", or a named shape with hash weights -> Model.
 
     Args:

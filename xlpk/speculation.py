@@ -71,10 +71,7 @@ class Oracle:
             end = min((begin // stride + 1) * stride, n_output)
             count = -(-(end - begin) // self.block)
             verifications += count
-            proposed += sum(
-                min(self.block - 1, n_output - 1 - position)
-                for position in range(begin, end, self.block)
-            )
+            proposed += sum(min(self.block - 1, n_output - 1 - position) for position in range(begin, end, self.block))
             begin = end
         return verifications, proposed, n_output - 1 - verifications
 

@@ -1,12 +1,13 @@
-"""Builds the kernels: the CPU library with the host's C++ compiler, cubins with nvcc, each kept under a hash of its inputs.
+"""Builds the kernels: the CPU library with the host's C++ compiler, cubins with nvcc, in a content-hash cache.
 
-A cache entry's name covers the kernels' text, the compiler and its version, the flags and the CPU's features, so a stale one
-is never used. What a build took and what ptxas said comes back in a `Build`.
+A cache entry's name covers the kernels' text, the compiler and its version, the flags and the CPU's features, so a
+stale one is never used. What a build took and what ptxas said comes back in a `Build`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import platform
 import re
@@ -67,9 +68,7 @@ class Build:
 
 def kernels_folder() -> Path:
     """Where the C++ sources are installed."""
-    import xlpk.kernels
-
-    return Path(xlpk.kernels.__path__[0])
+    return Path(next(iter(importlib.import_module("xlpk.kernels").__path__)))
 
 
 def find_cxx() -> str:
@@ -79,7 +78,8 @@ def find_cxx() -> str:
         if shutil.which(shlex.split(command)[0]):
             return command
     named = f"CXX={wanted} was not found" if wanted else "no C++ compiler was found (g++, clang++)"
-    raise ToolError(f"{named}: install one (Debian: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)")
+    how = "Debian: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install"
+    raise ToolError(f"{named}: install one ({how})")
 
 
 def find_nvcc() -> str | None:
@@ -137,16 +137,22 @@ def build_cpu_library(cache: Path, *, extra_flags: Sequence[str] = (), folder: P
         extra_flags: appended to CXX_FLAGS, for instance `-DXL_RACE -fsanitize=thread`.
         folder: another copy of the kernels (tests of planted faults).
     """
-    source = folder or kernels_folder()
+    kernels = folder or kernels_folder()
+    return build_shared(kernels / "cpu.cpp", cache, extra_flags=extra_flags, folder=kernels)
+
+
+def build_shared(source: Path, cache: Path, *, extra_flags: Sequence[str] = (), folder: Path | None = None) -> Build:
+    """A shared library of one C++ file that includes the kernels' headers; arguments as of `build_cpu_library`."""
+    kernels = folder or kernels_folder()
     cxx = find_cxx()
     version = _version_line(cxx)
     flags = [*CXX_FLAGS, *extra_flags]
-    name = f"libxlpk-{_content_hash(source, cxx, version, ' '.join(flags), _cpu_features())}.so"
-    target = cache / "build" / name
+    content = _content_hash(kernels, cxx, version, " ".join(flags), _cpu_features(), source.name, source.read_text())
+    target = cache / "build" / f"libxlpk-{source.stem}-{content}.so"
     compiler = f"{cxx} ({version})"
     if target.exists():
         return Build(target, compiler, " ".join(flags), 0.0, True)
-    _, seconds = _compile([*shlex.split(cxx), *flags, f"-I{source}", str(source / "cpu.cpp")], target)
+    _, seconds = _compile([*shlex.split(cxx), *flags, f"-I{kernels}", str(source)], target)
     return Build(target, compiler, " ".join(flags), seconds, False)
 
 

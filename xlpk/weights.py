@@ -112,8 +112,9 @@ class Weights:
                 kinds.setdefault("bf16" if array.dtype == np.uint16 else "fp32", name)
             self._tensors[name] = array
         if len(kinds) > 1:
-            raise InputError(f"{kinds['fp32']}.dtype", "fp32",
-                             f"expected one dtype for all matrices, and {kinds['bf16']} is bf16")
+            raise InputError(
+                f"{kinds['fp32']}.dtype", "fp32", f"expected one dtype for all matrices, and {kinds['bf16']} is bf16"
+            )
         (self.dtype,) = kinds
 
     @property
@@ -168,8 +169,11 @@ class Weights:
             tensors[HEAD] = opened[SINGLE].tensor(HEAD, wanted[EMBEDDING])
         if HEAD in tensors and HEAD not in wanted and not _equal(tensors.pop(HEAD), tensors[EMBEDDING]):
             # transformers 5 unties such a checkpoint with a warning, 4 drops the head: neither is a guess to make here.
-            raise InputError("config.json:tie_word_embeddings", True,
-                             f"false, because the checkpoint's {HEAD} differs from its {EMBEDDING}")
+            raise InputError(
+                "config.json:tie_word_embeddings",
+                True,
+                f"false, because the checkpoint's {HEAD} differs from its {EMBEDDING}",
+            )
         digest = hashlib.sha256()
         for file_name in sorted(opened):
             opened[file_name].digest(digest)
@@ -285,8 +289,11 @@ def check_header(content: mmap.mmap | bytes, label: str) -> tuple[dict[str, Entr
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             what = "it overlaps" if entry.begin < position else "there is a hole after"
-            raise InputError(f"{label}:{shown(name)}.data_offsets", [entry.begin, entry.end],
-                             f"expected a start at {position}: {what} {before}")
+            raise InputError(
+                f"{label}:{shown(name)}.data_offsets",
+                [entry.begin, entry.end],
+                f"expected a start at {position}: {what} {before}",
+            )
         position, before = entry.end, shown(name)
     if position != held:
         raise InputError(f"{label}:size", size, f"expected {data + position} bytes, where the last tensor ends")
@@ -307,12 +314,18 @@ def _entry(raw: object, label: str, held: int) -> Entry:
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{label}.data_offsets", shown(offsets), "two byte offsets, the end not before the start")
     if offsets[1] > held:
-        raise InputError(f"{label}.data_offsets", shown(offsets),
-                         f"an end of at most {held}, what the file holds: it is truncated or damaged")
+        raise InputError(
+            f"{label}.data_offsets",
+            shown(offsets),
+            f"an end of at most {held}, what the file holds: it is truncated or damaged",
+        )
     bits = math.prod(shape) * FILE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
-        raise InputError(f"{label}.data_offsets", shown(offsets),
-                         f"expected {shown(bits / 8 if bits % 8 else bits // 8)} bytes for {dtype} {shown(shape)}")
+        raise InputError(
+            f"{label}.data_offsets",
+            shown(offsets),
+            f"expected {shown(bits / 8 if bits % 8 else bits // 8)} bytes for {dtype} {shown(shape)}",
+        )
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 

@@ -40,7 +40,7 @@ constexpr int kPhases = 8;
 constexpr int kFirstLayerPhase = 1;
 constexpr int kLastLayerPhase = 5;
 
-// The model's dimensions, under their Hugging Face names. The GPU has them as compile-time constants of the same names.
+// The model's dimensions, under their Hugging Face names; on the GPU, compile-time constants of the same names.
 struct Dims {
   int32_t vocab_size;  // tokens
   int32_t hidden_size;  // multiple of 32
@@ -155,11 +155,12 @@ struct StepRecord {
   int32_t pages_active;  // hold or will hold committed tokens
   int32_t pages_draft;  // hold unverified tokens only
   int32_t pages_locked;  // part of active and draft that a row of the step refers to
+  int32_t context_tokens;  // tokens whose K and V the step had to read, once a request, its own rows included
   int32_t live_tokens;  // committed tokens whose K and V are stored, after the step
   int32_t live_pages;  // pages that hold them, after the step
   uint32_t phase_ns[8];  // device time a phase took, barrier included, summed over layers
 };
-static_assert(sizeof(StepRecord) == 128, "StepRecord");
+static_assert(sizeof(StepRecord) == 136, "StepRecord");
 static_assert(offsetof(StepRecord, step) == 0, "StepRecord.step");
 static_assert(offsetof(StepRecord, begin_ns) == 8, "StepRecord.begin_ns");
 static_assert(offsetof(StepRecord, end_ns) == 16, "StepRecord.end_ns");
@@ -179,9 +180,10 @@ static_assert(offsetof(StepRecord, pages_free) == 72, "StepRecord.pages_free");
 static_assert(offsetof(StepRecord, pages_active) == 76, "StepRecord.pages_active");
 static_assert(offsetof(StepRecord, pages_draft) == 80, "StepRecord.pages_draft");
 static_assert(offsetof(StepRecord, pages_locked) == 84, "StepRecord.pages_locked");
-static_assert(offsetof(StepRecord, live_tokens) == 88, "StepRecord.live_tokens");
-static_assert(offsetof(StepRecord, live_pages) == 92, "StepRecord.live_pages");
-static_assert(offsetof(StepRecord, phase_ns) == 96, "StepRecord.phase_ns");
+static_assert(offsetof(StepRecord, context_tokens) == 88, "StepRecord.context_tokens");
+static_assert(offsetof(StepRecord, live_tokens) == 92, "StepRecord.live_tokens");
+static_assert(offsetof(StepRecord, live_pages) == 96, "StepRecord.live_pages");
+static_assert(offsetof(StepRecord, phase_ns) == 100, "StepRecord.phase_ns");
 
 // One token of the ragged step.
 struct Row {

@@ -27,6 +27,7 @@ XL_FN void stage_decode(const Grid& grid, const Params& p, int page_size, StepRe
     stage_kv_extend(grid, p, page_size, slot_id, slot.length + slot.n_drafts);
     record.pages_draft += slot.n_pages - pages_for(slot.length, page_size);
     record.pages_locked += slot.n_pages;
+    record.context_tokens += slot.length + slot.n_drafts;
     const int last = p.tokens[size_t(slot_id) * size_t(p.max_len) + size_t(slot.length) - 1];
     add_row(p, slot, slot_id, slot.length - 1, last, true);
     for (int j = 0; j < slot.n_drafts; ++j) add_row(p, slot, slot_id, slot.length + j, slot.drafts[j], true);

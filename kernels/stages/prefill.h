@@ -23,6 +23,7 @@ XL_FN void stage_prefill(const Grid& grid, const Params& p, int page_size, StepR
     if (count <= 0) continue;
     stage_kv_extend(grid, p, page_size, slot_id, slot.computed + count);
     record.pages_locked += slot.n_pages;
+    record.context_tokens += slot.computed + count;
     const int32_t* tokens = p.tokens + size_t(slot_id) * size_t(p.max_len);
     for (int j = 0; j < count; ++j) {
       const int position = slot.computed + j;

@@ -149,18 +149,27 @@ def test_inv_freq_plain_and_llama3_by_the_published_loop() -> None:
         ({"rope_scaling": llama3(8.0, 1.0, 4.0, 0)}, "rope_scaling.original_max_position_embeddings=0", "1 to"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor=missing", "a number is required"),
         ({"rope_scaling": 7}, "rope_scaling=7", "an object or null"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5",
-         "only 1"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+            "only 1",
+        ),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta=10000.0", "rope_theta=500000.0"),
-        ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling=",
-         "what rope_parameters says"),
+        (
+            {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 1e4}},
+            "rope_scaling=",
+            "what rope_parameters says",
+        ),
         ({"rope_theta": 0}, "rope_theta=0.0", "above 0"),
         ({"rope_theta": float("inf")}, "rope_theta=inf", "finite"),
         ({"head_dim": 32}, "head_dim=32", "64, 128"),
         ({"num_attention_heads": 4, "head_dim": None}, "head_dim=32", "64, 128"),
         ({"num_attention_heads": 3}, "hidden_size=128", "num_attention_heads=3"),
-        ({"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 64}, "num_key_value_heads=2",
-         "num_attention_heads=3"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 64},
+            "num_key_value_heads=2",
+            "num_attention_heads=3",
+        ),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4", "num_attention_heads=2"),
         ({"hidden_size": 130, "head_dim": 64}, "hidden_size=130", "multiple of 32"),
         ({"intermediate_size": 100}, "intermediate_size=100", "multiple of 32"),
@@ -201,8 +210,10 @@ def test_a_bad_config_is_refused_by_name(change: dict[str, Any], field: str, all
     assert allowed in text
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                 "num_attention_heads", "rms_norm_eps"])
+@pytest.mark.parametrize(
+    "key",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"],
+)
 def test_a_missing_field_is_named(key: str) -> None:
     with pytest.raises(InputError) as error:
         ModelConfig.from_hf({k: v for k, v in SMALL.items() if k != key}, "config.json")
@@ -256,8 +267,9 @@ def test_a_shape_gets_hash_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.config.dtype == "float32"
     assert model.weights.dtype == "fp32"
     assert load_model("small_shape").weights.dtype == "bf16"
-    prints = {load_model("small_shape", seed=seed, dtype=dtype).fingerprint for seed in (3, 4) for dtype in
-              ("bf16", "fp32")}
+    prints = {
+        load_model("small_shape", seed=seed, dtype=dtype).fingerprint for seed in (3, 4) for dtype in ("bf16", "fp32")
+    }
     assert len(prints) == 4
     assert model.fingerprint in prints
     for seed in (-1, 1 << 64):
@@ -304,8 +316,10 @@ def test_weights_take_arrays(tmp_path: Path) -> None:
     arrays = {name: np.zeros(shape, np.float32) for name, shape in config.tensor_shapes().items()}
     assert Weights(config, arrays, "zeros").dtype == "fp32"
     name = "model.layers.1.mlp.up_proj.weight"
-    for wrong, text in ((np.zeros((352, 127), np.float32), "[352, 127]: expected [352, 128]"),
-                        (np.zeros((352, 128)), "float64: expected uint16")):
+    for wrong, text in (
+        (np.zeros((352, 127), np.float32), "[352, 127]: expected [352, 128]"),
+        (np.zeros((352, 128)), "float64: expected uint16"),
+    ):
         with pytest.raises(InputError) as error:
             Weights(config, arrays | {name: wrong}, "zeros")
         assert name in one_line(error)

@@ -44,9 +44,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         exact = Exact(model.weights)
         with np.load(GOLDEN / f"{name}.npz") as file:
             golden = dict(file)
-        limits = {
-            pages: error_bound(model.config, exact, prompt(name), kv_dtype=pages) for pages in ("fp32", "bf16")
-        }
+        limits = {pages: error_bound(model.config, exact, prompt(name), kv_dtype=pages) for pages in ("fp32", "bf16")}
         found[name] = Case(name, folder, model, exact, prompt(name), golden, limits)
     return found
 
@@ -122,9 +120,7 @@ def mutant(case: Case, kind: str, pages: str, monkeypatch: pytest.MonkeyPatch) -
     if kind == "gate_up":
         exact = SwappedGateUp(exact.weights)
     if kind == "head_map":
-        monkeypatch.setattr(
-            reference, "kv_head_of", lambda c: np.arange(c.num_attention_heads) % c.num_key_value_heads
-        )
+        monkeypatch.setattr(reference, "kv_head_of", lambda c: np.arange(c.num_attention_heads) % c.num_key_value_heads)
     if kind in ("query_later", "query_earlier"):  # RoPE is relative: queries and keys shifted together change nothing
         step = config.inv_freq() * (1 if kind == "query_later" else -1)
         calls, rotate = itertools.count(), reference.rotate

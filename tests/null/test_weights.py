@@ -174,8 +174,16 @@ def test_every_tensor_equals_the_official_reader(tmp_path: Path, case: str) -> N
 
 
 def test_a_checkpoint_is_not_copied(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, seed=1, hidden_size=256, intermediate_size=1024, num_hidden_layers=1,
-                             num_attention_heads=4, num_key_value_heads=4, vocab_size=8000)
+    folder = make_checkpoint(
+        tmp_path,
+        seed=1,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=8000,
+    )
     config = read_config(folder)
     tracemalloc.start()
     try:
@@ -268,8 +276,9 @@ def write(path: Path, header: object, data: bytes) -> None:
         (lambda t: t.update({UP: t[UP].astype(ml_dtypes.bfloat16)}), [".dtype=fp32", UP, "is bf16", "one dtype"]),
     ],
 )
-def test_a_wrong_tensor_is_named(folder: Path, change: Callable[[dict[str, np.ndarray]], object],
-                                 parts: list[str]) -> None:
+def test_a_wrong_tensor_is_named(
+    folder: Path, change: Callable[[dict[str, np.ndarray]], object], parts: list[str]
+) -> None:
     text = refusal(lambda: load_model("x", rewrite(folder, change)))
     assert all(part in text for part in parts), text
 
@@ -369,8 +378,22 @@ def shards(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "a/b.safetensors", "a\\b.safetensors", "/etc/passwd",
-                                  "c:b.safetensors", "..", "", "a\0.safetensors", "model.bin", 5, None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        "/etc/passwd",
+        "c:b.safetensors",
+        "..",
+        "",
+        "a\0.safetensors",
+        "model.bin",
+        5,
+        None,
+    ],
+)
 def test_a_shard_is_a_plain_file_name(sharded: Path, name: object) -> None:
     text = refusal(lambda: load_model("x", shards(sharded, lambda i: i["weight_map"].update({UP: name}))))
     assert text.startswith(f"{INDEX}:{UP}=")

@@ -1,7 +1,7 @@
 """The CPU backend: the kernels as a shared library whose threads play the teams.
 
-`persistent`: the threads run the resident loop; the host only submits and drains rings. `launched`: the host runs control
-and launches the phases of a step one by one, as it would on a GPU.
+`persistent`: the threads run the resident loop; the host only submits and drains rings. `launched`: the host runs
+control and launches the phases of a step one by one, as it would on a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from xlpk.speculation import Acceptance, Keyed, NoSpec, Proposer
 from xlpk.toolchain import Build, build_cpu_library
 from xlpk.workload import Request
 
+_FILL_PART = 1 << 20  # elements of hash weights a thread makes at a time; a multiple of 4
 _BATCH = 4096  # records taken from a ring in one call
 _FINISH_REASONS = {int(reason): reason.name.lower() for reason in layout.FinishReason}
 
@@ -57,9 +59,15 @@ class CpuLibrary:
             function.restype, function.argtypes = result, arguments
 
     def fill_hash(self, array: np.ndarray[Any, Any], tensor_id: int, seed: int, scale: float) -> None:
-        """Weights by counter hash into a contiguous uint16 (bf16) or float32 array: the same bits as weights.hash_tensor."""
+        """Weights by counter hash into a contiguous uint16 (bf16) or float32 array; the bits of weights.hash_tensor."""
         kind = layout.WeightType.BF16 if array.dtype == np.uint16 else layout.WeightType.FP32
-        self.dll.xl_fill_hash(array.ctypes.data, 0, array.size, tensor_id, seed, scale, int(kind))
+
+        def fill(first: int) -> None:
+            count = min(_FILL_PART, array.size - first)
+            self.dll.xl_fill_hash(array[first:].ctypes.data, first, count, tensor_id, seed, scale, int(kind))
+
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            list(pool.map(fill, range(0, array.size, _FILL_PART)))
 
 
 def usable_cores() -> int:
@@ -93,7 +101,9 @@ class CpuBackend:
         if orchestration not in ("persistent", "launched"):
             raise InputError("backend.orchestration", orchestration, "one of persistent, launched")
         if max_step_rows < max_num_seqs:
-            raise InputError("scheduler.max_step_rows", max_step_rows, f"at least scheduler.max_num_seqs={max_num_seqs}")
+            raise InputError(
+                "scheduler.max_step_rows", max_step_rows, f"at least scheduler.max_num_seqs={max_num_seqs}"
+            )
         if not 1 <= self.spec.block <= min(layout.MAX_BLOCK, max_step_rows):
             raise InputError("spec.block", self.spec.block, f"1 to {min(layout.MAX_BLOCK, max_step_rows)}")
         self.orchestration = orchestration
@@ -143,7 +153,9 @@ class CpuBackend:
             int(self.orchestration == "persistent"),
         )
         if not session:
-            raise BackendError("the library's record layout is not this package's: remove the build cache and run again")
+            raise BackendError(
+                "the library's record layout is not this package's: remove the build cache and run again"
+            )
         self._session = session
         build = self.library.build
         self._report = BackendReport(
@@ -194,7 +206,9 @@ class CpuBackend:
             raise InputError(f"{where}: oracle", len(request.oracle), f"at most {plan.max_len} tokens")
         pages = plan.pages_for(len(request.prompt) + request.max_new_tokens)
         if pages > plan.pages:
-            raise InputError("kv.budget", f"{plan.pages} pages", f"{where} needs {pages} pages of {plan.page_size} tokens")
+            raise InputError(
+                "kv.budget", f"{plan.pages} pages", f"{where} needs {pages} pages of {plan.page_size} tokens"
+            )
 
     def submit(self, request: Request) -> bool:
         self.check(request)

@@ -1,6 +1,7 @@
 """A session's memory: one table of buffers with shapes, and the Params record that points into them.
 
-What each buffer holds is documented in xlpk/layout.py. The CPU allocates them with numpy; a GPU allocates the same table.
+What each buffer holds is documented in xlpk/layout.py. The CPU allocates them with numpy; a GPU will allocate the
+same table.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def power_of_two_at_least(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def buffer_table(config: ModelConfig, plan: KVPlan, limits: Limits, *, warps: int, logits: bool) -> dict[str, tuple[tuple[int, ...], Any]]:
+def buffer_table(
+    config: ModelConfig, plan: KVPlan, limits: Limits, *, warps: int, logits: bool
+) -> dict[str, tuple[tuple[int, ...], Any]]:
     """name -> (shape, dtype) of every buffer but weights. `warps`: of one team, for scratch."""
     rows, slots, max_len = limits.max_step_rows, limits.max_num_seqs, plan.max_len
     heads, head_dim = config.num_attention_heads, config.head_dim
@@ -73,7 +76,7 @@ def buffer_table(config: ModelConfig, plan: KVPlan, limits: Limits, *, warps: in
 
 
 def scratch_floats(config: ModelConfig, limits: Limits, *, warps: int) -> int:
-    """Floats of scratch with which a team takes all rows of a step at once; any smaller multiple of one row also works."""
+    """Floats of scratch with which a team takes all rows of a step at once; fewer, down to one row, work too."""
     staged = limits.max_step_rows * max(config.hidden_size + 4 * warps, config.num_attention_heads * config.head_dim)
     group = config.num_attention_heads // config.num_key_value_heads
     scores = warps * group * layout.ATTENTION_SPAN
@@ -86,7 +89,8 @@ def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.zeros(size + 128, np.uint8)
     skip = -raw.ctypes.data % 128
-    return raw[skip : skip + size].view(dtype).reshape(shape)
+    aligned: np.ndarray[Any, Any] = raw[skip : skip + size].view(dtype).reshape(shape)
+    return aligned
 
 
 def dims_record(config: ModelConfig, plan: KVPlan) -> np.ndarray[Any, Any]:

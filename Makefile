@@ -1,0 +1,39 @@
+# make run | test | test-all | lint | clean. Each makes .venv if there is none and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: run test test-all lint clean
+
+run: $(VENV)/.installed
+	$(PY) -m xlpk.run -m mode=serial_decode,speculative_decode
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "not heavy and not peers and not gpu"
+
+test-all: $(VENV)/.installed-peers
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf outputs/cache outputs/oracle build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+# torch is pinned to a release that has a CPU build; unpinned it brings gigabytes of CUDA.
+$(VENV)/.installed-peers: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable '.[dev,peers]'
+	touch $@ $(VENV)/.installed-dev $(VENV)/.installed

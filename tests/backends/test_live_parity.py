@@ -1,0 +1,86 @@
+"""Against transformers itself, here and now: the shipped model and every checkpoint of the golden files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import CASES, make_case, prompt
+from drive import run
+
+from xlpk.kv import KV
+from xlpk.model import TINY, Model, load_model
+from xlpk.reference import Exact, error_bound, forward, margin
+from xlpk.workload import Request
+
+pytestmark = pytest.mark.peers
+torch = pytest.importorskip("torch", reason="needs the extra `peers`")
+transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")
+
+
+def torch_logits(folder: Path, tokens: list[int], dtype: str) -> np.ndarray:
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return model.eval()(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def our_logits(model: Model, tokens: list[int], pages: str) -> np.ndarray:
+    result = run(model, [Request(0, tuple(tokens), 1)], kv=KV(dtype=pages), debug_logits=True)
+    assert result.logits is not None
+    return result.logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_checkpoints(name: str, tmp_path: Path) -> None:
+    folder = make_case(tmp_path, name)
+    model = load_model(name, folder)
+    tokens = [int(token) for token in prompt(name)]
+    exact = forward(model.config, Exact(model.weights), tokens)
+    bound = error_bound(model.config, model.weights, tokens).max()
+    assert np.abs(our_logits(model, tokens, "fp32") - torch_logits(folder, tokens, "float32")).max() < 2 * bound
+    peer = np.abs(torch_logits(folder, tokens, "bfloat16") - exact)
+    ours = np.abs(our_logits(model, tokens, "bf16") - exact)
+    assert ours.max() < 2 * peer.max()
+    assert np.sqrt(np.mean(ours**2)) < np.sqrt(np.mean(peer**2)), "bf16 activations cost more than bf16 pages"
+
+
+def test_the_tiny_model() -> None:
+    model = load_model("tiny")
+    assert model.tokenizer is not None
+    tokens = model.tokenizer.encode((TINY / "heldout.txt").read_text()[:2000]).ids[:400]
+    exact = forward(model.config, Exact(model.weights), tokens)
+    bound = error_bound(model.config, model.weights, tokens).max()
+    assert np.abs(our_logits(model, tokens, "fp32") - torch_logits(TINY, tokens, "float32")).max() < 2 * bound
+    peer = np.abs(torch_logits(TINY, tokens, "bfloat16") - exact)
+    ours = np.abs(our_logits(model, tokens, "bf16") - exact)
+    assert np.sqrt(np.mean(ours**2)) < np.sqrt(np.mean(peer**2))
+
+
+def test_the_tiny_model_continues_as_transformers_does() -> None:
+    model = load_model("tiny")
+    assert model.tokenizer is not None
+    peer = transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    for text in ("def fibonacci(n):\n", "import os\n\ndef read_file(path):\n"):
+        prompt_ids = model.tokenizer.encode(text).ids
+        ours = run(model, [Request(0, tuple(prompt_ids), 48, ignore_eos=True)], kv=KV(dtype="fp32")).tokens[0]
+        ids = torch.tensor([prompt_ids])
+        theirs = peer.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, eos_token_id=None
+        )
+        expected = theirs[0, len(prompt_ids) :].tolist()
+        whole = (prompt_ids + expected)[:-1]
+        margins = margin(forward(model.config, model.weights, whole)[len(prompt_ids) - 1 :])
+        bound = error_bound(model.config, model.weights, whole).max()
+        undecided = np.flatnonzero(margins <= 2 * bound)
+        end = int(undecided[0]) if undecided.size else len(expected)
+        assert end >= 24, "too close to call almost everywhere proves nothing"
+        assert ours[:end] == expected[:end]
+
+
+def test_transformers_reads_the_shipped_draft() -> None:
+    draft = transformers.LlamaForCausalLM.from_pretrained(TINY / "draft", dtype=torch.float32)
+    assert draft.num_parameters() <= 500_000
+    assert load_model("tiny").config.parameters <= 3_000_000

@@ -1,0 +1,158 @@
+"""The kernels against the float64 oracle and transformers, within computed bounds; planted mistakes are seen."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import CASES, make_case, prompt
+from drive import CACHE, run
+
+from xlpk.backends.cpu import CpuLibrary
+from xlpk.kv import KV
+from xlpk.model import Model, load_model
+from xlpk.reference import Exact, error_bound, forward, margin
+from xlpk.toolchain import build_cpu_library, kernels_folder
+from xlpk.workload import Request
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NEW_TOKENS = 24
+
+
+class Case:
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.model = load_model(name, make_case(folder, name))
+        self.prompt = prompt(name)
+        self.exact = Exact(self.model.weights)
+        self.oracle = {
+            pages: forward(self.model.config, self.exact, self.prompt, kv_dtype=pages) for pages in (None, "bf16")
+        }
+        self.limit = {
+            pages: error_bound(self.model.config, self.exact, self.prompt, kv_dtype=pages) for pages in (None, "bf16")
+        }
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            self.golden = dict(file)
+
+    def logits(self, pages: str, model: Model | None = None, **options: object) -> np.ndarray:
+        request = Request(0, tuple(int(token) for token in self.prompt), 1)
+        kv = KV(budget="64pages", dtype="fp32" if pages == "fp32" else "bf16")
+        result = run(model or self.model, [request], kv=kv, debug_logits=True, threads=2, **options)
+        assert result.logits is not None
+        return result.logits
+
+    def error(self, logits: np.ndarray, pages: str | None = None) -> float:
+        """The largest distance from the oracle, in units of the bound."""
+        return float((np.abs(logits - self.oracle[pages]).max(axis=-1) / self.limit[pages]).max())
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    return {name: Case(name, tmp_path_factory.mktemp(name)) for name in CASES}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
+    return cases[request.param]
+
+
+def test_logits_with_fp32_pages(case: Case) -> None:
+    logits = case.logits("fp32")
+    assert case.error(logits) < 1
+    at = case.golden["positions"]
+    assert np.abs(logits[at] - case.golden["logits"]).max() < 2 * case.limit[None].max(), "transformers"
+    assert np.abs(logits - case.oracle[None]).max() < 2 * case.golden["torch_bf16_max"]
+
+
+def test_logits_with_bf16_pages(case: Case) -> None:
+    logits = case.logits("bf16")
+    assert case.error(logits, "bf16") < 1
+    from_exact = np.abs(logits - case.oracle[None])
+    assert from_exact.max() < 2 * case.golden["torch_bf16_max"]
+    assert np.sqrt(np.mean(from_exact**2)) < 2 * case.golden["torch_bf16_rms"]
+    assert case.error(logits) > 1, "pages that were not rounded prove nothing about rounded ones"
+
+
+def test_greedy_continuation(case: Case) -> None:
+    """Equal to transformers' wherever the oracle's margin exceeds the bound; at most a few tokens are that close."""
+    request = Request(0, tuple(int(token) for token in case.prompt), NEW_TOKENS, ignore_eos=True)
+    tokens = run(case.model, [request], kv=KV(budget="64pages", dtype="fp32")).tokens[0]
+    expected = case.golden["continuation"]
+    whole = np.concatenate([case.prompt, expected])[:-1]
+    margins = margin(forward(case.model.config, case.exact, whole)[case.prompt.size - 1 :])
+    decided = margins > 2 * case.limit[None].max()
+    assert decided.sum() >= NEW_TOKENS - 3
+    same = np.asarray(tokens) == expected
+    assert same[: np.argmin(same | ~decided) if not (same | ~decided).all() else NEW_TOKENS].all()
+    assert (same | ~decided).all()
+
+
+# ---------------------------------------------------------------------------------------------- mutants
+
+
+def swapped_gate_up(model: Model) -> Model:
+    from xlpk.weights import Weights
+
+    class Swapped(Weights):
+        def matrix(self, name: str):  # type: ignore[no-untyped-def]
+            swap = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+            return super().matrix(".".join(swap.get(part, part) for part in name.split(".")))
+
+    twin = object.__new__(Swapped)
+    twin.__dict__.update(model.weights.__dict__)
+    return replace(model, weights=twin)
+
+
+@pytest.mark.parametrize("kind", ["theta", "eps", "gate_up"])
+def test_a_wrong_model_is_seen(case: Case, kind: str) -> None:
+    config = case.model.config
+    wrong = {
+        "theta": lambda: replace(case.model, config=replace(config, rope_theta=config.rope_theta * 1.1)),
+        "eps": lambda: replace(case.model, config=replace(config, rms_norm_eps=config.rms_norm_eps * 10)),
+        "gate_up": lambda: swapped_gate_up(case.model),
+    }[kind]()
+    assert case.error(case.logits("fp32", wrong)) > (2 if kind == "eps" else 100)
+
+
+KERNEL_MUTANTS = {
+    "query_later": (
+        "phases/qkv.h",
+        "p.rope + size_t(at) *",
+        "p.rope + size_t(is_q && at + 1 < n_rows ? at + 1 : at) *",
+    ),
+    "query_earlier": ("phases/qkv.h", "p.rope + size_t(at) *", "p.rope + size_t(is_q && at > 0 ? at - 1 : at) *"),
+    "mask_too_wide": (
+        "phases/attend.h",
+        "row.position + 1 - begin < kAttentionSpan ? row.position + 1 - begin",
+        "row.position + 2 - begin < kAttentionSpan ? row.position + 2 - begin",
+    ),
+    "mask_too_narrow": (
+        "phases/attend.h",
+        "row.position + 1 - begin < kAttentionSpan ? row.position + 1 - begin",
+        "row.position - begin < kAttentionSpan && row.position > 0 ? row.position - begin",
+    ),
+    "position_of_keys": ("phases/qkv.h", ".at(row.position, is_v", ".at(row.position + (is_v ? 0 : 1), is_v"),
+    "head_map": (
+        "phases/attend.h",
+        "first_head = kv_head * group;",
+        "first_head = (kv_head + 1) % d.num_key_value_heads * group;",
+    ),
+    "no_score_scale": ("phases/attend.h", "1.0f / sqrt_(float(d.head_dim))", "1.0f / float(d.head_dim)"),
+}
+
+
+@pytest.mark.parametrize("kind", KERNEL_MUTANTS)
+def test_a_wrong_kernel_is_seen(kind: str, cases: dict[str, Case], tmp_path: Path) -> None:
+    path, right, wrong = KERNEL_MUTANTS[kind]
+    folder = tmp_path / "kernels"
+    shutil.copytree(kernels_folder(), folder)
+    text = (folder / path).read_text()
+    assert text.count(right) == 1, "the planted line is gone: plant it anew"
+    (folder / path).write_text(text.replace(right, wrong))
+    library = CpuLibrary(build_cpu_library(CACHE, folder=folder))
+    case = cases["gqa"]
+    error = case.error(np.nan_to_num(case.logits("fp32", library=library), nan=1e9))
+    assert error > 100

@@ -1,0 +1,168 @@
+"""Every documented command composes; what cannot run is refused by name, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from xlpk import config
+from xlpk.errors import InputError
+from xlpk.settings import Settings
+from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
+from xlpk.workload import Prompts, Synthetic
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _hydra() -> Iterator[None]:
+    config.register()
+    with initialize_config_module("xlpk.conf", version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> Settings:
+    try:
+        return config.validate(compose("config", overrides=list(overrides)))
+    except InputError:
+        raise
+    except (*config.COMPOSITION_ERRORS, ValueError) as error:
+        raise config.explain(error, overrides) from None
+
+
+def test_without_arguments() -> None:
+    settings = composed()
+    assert (settings.mode, settings.spec, settings.acceptance) == ("speculative_decode", Ngram(), Keyed())
+    assert settings.backend.name == "cpu"
+    assert settings.lossless
+    assert isinstance(settings.workload, Prompts)
+    assert len(settings.workload.texts()) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mode", "spec"),
+    [
+        (["mode=serial_decode"], "serial_decode", NoSpec()),
+        (["mode=speculative_decode", "spec.block=8"], "speculative_decode", Ngram(block=8)),
+        (["spec=oracle", "spec.mismatch_stride=0"], "speculative_decode", Oracle(mismatch_stride=0)),
+        (["mode=forced_rejection", "spec.block=8"], "forced_rejection", Oracle(block=8)),
+        (["mode=forced_rejection", "spec.mismatch_stride=3"], "forced_rejection", Oracle(mismatch_stride=3)),
+        (["experiment=quickstart", "mode=serial_decode"], "serial_decode", NoSpec()),
+        (["experiment=forced_rejection_grid", "mode=speculative_decode"], "speculative_decode", Ngram()),
+    ],
+)
+def test_modes(overrides: list[str], mode: str, spec: object) -> None:
+    settings = composed(*overrides)
+    assert (settings.mode, settings.spec) == (mode, spec)
+    assert settings.notes == ()
+
+
+def test_serial_decode_answers_a_block_by_one_line() -> None:
+    settings = composed("mode=serial_decode", "spec.block=8")
+    assert settings.spec == NoSpec(block=1)
+    assert settings.requested_block == 8
+    assert settings.resolved["spec"]["block"] == 8
+    assert len(settings.notes) == 1
+    assert "effective block of 1" in settings.notes[0]
+
+
+def test_groups_and_keys() -> None:
+    assert composed("acceptance=forced", "acceptance.stride=3").acceptance == Forced(stride=3)
+    assert composed("acceptance=greedy").acceptance == Greedy()
+    assert not composed("acceptance=greedy", "sampling.temperature=0.8").lossless
+    assert composed("backend.orchestration=launched", "backend.threads=3").backend.threads == 3
+    assert composed("kv.budget=16pages", "kv.page_size=32").kv.page_size == 32
+    assert composed("tracking=none").tracking.name == "none"
+    assert composed("workload=synthetic", "model=llama_1b_shape").workload == Synthetic()
+    assert composed("model=hf", "model.path=somewhere").model.path == "somewhere"
+    assert composed('workload.prompt="def f(n):"').workload.texts() == ["def f(n):"]  # type: ignore[union-attr]
+    assert composed("workload.prompt=[a,b]", "workload.requests=3").workload.texts() == ["a", "b", "a"]  # type: ignore[union-attr]
+    assert composed("spec.block=16").spec.block == 16
+
+
+@pytest.mark.parametrize("name", config.options("experiment"))
+def test_each_experiment_composes(name: str) -> None:
+    composed(f"experiment={name}")
+    cfg = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
+    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    for key, values in params.items():
+        override = OverridesParser.create().parse_override(f"{key}={values}")
+        for value in override.sweep_string_iterator():
+            composed(f"experiment={name}", f"{key}={value}")
+
+
+@pytest.mark.parametrize("group", config.groups())
+def test_each_option_composes_and_says_what_it_is(group: str) -> None:
+    folder = Path(str(config.resources.files(config.PACKAGE))) / group
+    for option in config.options(group):
+        extra = {"spec=none": ["mode=serial_decode"], "model=hf": ["model.path=x"]}.get(f"{group}={option}", [])
+        settings = composed(f"{group}={option}", *extra)
+        if group not in ("experiment", "mode"):
+            assert settings.resolved[group]["name"] == option
+        assert (folder / f"{option}.yaml").read_text().startswith("# "), f"{group}/{option}.yaml needs a comment"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "value", "allowed"),
+    [
+        (["spec.block=0"], "spec.block", "0", "1 to 16"),
+        (["spec.block=17"], "spec.block", "17", "1 to 16"),
+        (["scheduler.max_step_rows=8", "spec.block=9"], "spec.block", "9", "max_step_rows=8"),
+        (["scheduler.max_num_seqs=65"], "scheduler.max_step_rows", "64", "max_num_seqs=65"),
+        (["spec.block=abc"], "spec.block", "abc", "Integer"),
+        (["spec.blok=8"], "spec.blok", "8", "did you mean block?"),
+        (["backnd=cpu"], "backnd", "cpu", "did you mean backend?"),
+        (["spec=turbo"], "spec", "turbo", "one of ngram, none, oracle"),
+        (["mode=serial"], "mode", "serial", "did you mean serial_decode?"),
+        (["experiment=nope"], "experiment", "nope", "block_sweep"),
+        (["spec.block=1,2"], "command line", "spec.block=1,2", "-m"),
+        (["workload.prompt=f(n)"], "command line", "workload.prompt=f(n)", "quotes"),
+        (["workload.prompt="], "workload.prompt", "", "at least one character"),
+        (["workload.prompt=[]"], "workload.prompt", "[]", "a text or a list"),
+        (["workload.file=missing.txt"], "workload.file", "missing.txt", "No such file"),
+        (["workload.requests=0"], "workload.requests", "0", "at least 1"),
+        (["mode=forced_rejection", "spec=ngram"], "spec", "ngram", "oracle"),
+        (["mode=forced_rejection", "spec.mismatch_stride=0"], "spec.mismatch_stride", "0", "at least 1"),
+        (["mode=serial_decode", "spec=oracle"], "spec", "oracle", "mode=speculative_decode"),
+        (["mode=serial_decode", "acceptance=forced"], "acceptance", "forced", "keyed or greedy"),
+        (["spec=none"], "spec", "none", "mode=serial_decode"),
+        (["mode.name=quality"], "mode.name", "quality", "one of serial_decode"),
+        (["spec.name=oracle"], "spec.name", "oracle", "one of ngram"),
+        (["spec.min_n=0"], "spec.min_n", "0", "1 to 8"),
+        (["spec.min_n=3", "spec.max_n=2"], "spec.max_n", "2", "3 to 8"),
+        (["spec.max_n=9"], "spec.max_n", "9", "1 to 8"),
+        (["acceptance=forced", "acceptance.stride=0"], "acceptance.stride", "0", "1 to"),
+        (["spec=oracle", "spec.mismatch_stride=-1"], "spec.mismatch_stride", "-1", "0 to"),
+        (["sampling.temperature=-0.5"], "sampling.temperature", "-0.5", "at least 0"),
+        (["sampling.temperature=inf"], "sampling.temperature", "inf", "finite"),
+        (["sampling.max_new_tokens=0"], "sampling.max_new_tokens", "0", "at least 1"),
+        (["sampling.stop_token_ids=[1,2,3,4,5,6,7,8,9]"], "sampling.stop_token_ids", "9 ids", "at most 8"),
+        (["kv.dtype=int8"], "kv.dtype", "int8", "auto, bf16, fp32"),
+        (["model.dtype=fp8"], "model.dtype", "fp8", "auto, bf16, fp32"),
+        (["model=hf"], "model.path", "null", "a folder"),
+        (["backend.orchestration=graph"], "backend.orchestration", "graph", "persistent, launched"),
+        (["backend.threads=-1"], "backend.threads", "-1", "0 to"),
+        (["tracking.timeout_s=0"], "tracking.timeout_s", "0.0", "above 0"),
+        (["run.json=maybe"], "run.json", "maybe", "bool"),
+        (["run.outputs="], "run.outputs", "''", "a folder"),
+        (["+foo=1"], "foo", "1", "no such group"),
+        (["+spec.foo=1"], "spec.foo", "1", "no such key of spec=ngram"),
+        (["~spec.block"], "spec.block", "", "deletion"),
+        (["workload=synthetic", "workload.prompt=x"], "workload.prompt", "x", "no such key of workload=synthetic"),
+        (["spec=3"], "command line", "Config group override", "--help"),
+        (["+experiment=quickstart"], "command line", "Multiple values", "without a leading +"),
+    ],
+)
+def test_refused_by_name(overrides: list[str], field: str, value: str, allowed: str) -> None:
+    with pytest.raises(InputError) as caught:
+        composed(*overrides)
+    text = str(caught.value)
+    assert caught.value.field == field
+    assert value in str(caught.value.value)
+    assert allowed in text
+    assert "\n" not in text
+    assert len(text) < 220
+    assert caught.value.exit_code == 2

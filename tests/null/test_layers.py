@@ -1,0 +1,69 @@
+"""Imports go downward only, and heavy libraries are imported where the design says and nowhere else."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import xlpk
+
+ROOT = Path(xlpk.__file__).parent
+LEVELS = {
+    0: "errors layout units models kernels",
+    1: "model weights quant kv speculation workload metrics reference",
+    2: "settings simulator backend toolchain",
+    3: "backends",
+    4: "engine tracking report record",
+    5: "config run cli conf",
+}
+LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
+ONLY_IN = {  # library -> modules that may import it
+    "mlflow": {"tracking"},
+    "torch": {"backends"},
+    "transformers": {"backends"},
+    "pycuda": {"backends"},
+    "hydra": {"config", "run", "report"},
+    "rich": {"run", "report"},
+}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(library, module within xlpk or "") of every import in the file, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [node.module or ""]
+            if node.module == "xlpk":
+                names = [f"xlpk.{alias.name}" for alias in node.names if not alias.name.startswith("_")]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            yield parts[0], parts[1] if parts[0] == "xlpk" and len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downward(path: Path) -> None:
+    module = module_of(path)
+    assert module in LEVEL, f"{module}: give it a level in this test"
+    for library, target in imports(path):
+        if target:
+            assert LEVEL[target] <= LEVEL[module], f"{module} (L{LEVEL[module]}) imports {target} (L{LEVEL[target]})"
+        if library in ONLY_IN:
+            assert module in ONLY_IN[library], f"{module} imports {library}"
+
+
+def test_the_check_sees_an_upward_import(tmp_path: Path) -> None:
+    file = tmp_path / "kv.py"
+    file.write_text("def f():\n    from xlpk import engine\n    import xlpk.run\n    import mlflow.tracking\n")
+    assert list(imports(file)) == [("xlpk", "engine"), ("xlpk", "run"), ("mlflow", "")]

@@ -1,0 +1,283 @@
+"""The schema in Hydra's ConfigStore, and what refuses a config: `validate` and `explain`, one line each.
+
+conf/*.yaml picks values; classes here and in the layers below own fields, types, defaults and units. Nothing is
+instantiated by name from a file: `OmegaConf.to_object` turns the nodes into the objects that the engine takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from importlib import resources
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from xlpk import layout
+from xlpk.errors import InputError
+from xlpk.kv import KV
+from xlpk.settings import (
+    MODES,
+    ORCHESTRATIONS,
+    CpuBackend,
+    MlflowTracking,
+    Mode,
+    ModelChoice,
+    NoTracking,
+    Run,
+    Scheduler,
+    Settings,
+)
+from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
+from xlpk.workload import Prompts, Sampling, Synthetic, check_sampling
+
+PACKAGE = "xlpk.conf"
+GROUPS: dict[str, tuple[type, ...]] = {
+    "backend": (CpuBackend,),
+    "spec": (NoSpec, Ngram, Oracle),
+    "acceptance": (Keyed, Greedy, Forced),
+    "workload": (Prompts, Synthetic),
+    "tracking": (MlflowTracking, NoTracking),
+}
+MAX_NGRAM = 8  # tokens
+UNKNOWN = "..."  # a value that Hydra does not hand on
+
+
+@dataclass
+class Config:
+    """The composed config. Fields of type Any hold one of the group's classes."""
+
+    backend: Any = None
+    mode: Mode = field(default_factory=Mode)
+    spec: Any = None
+    acceptance: Any = None
+    kv: KV = field(default_factory=KV)
+    model: ModelChoice = field(default_factory=ModelChoice)
+    workload: Any = None
+    sampling: Sampling = field(default_factory=Sampling)
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    tracking: Any = None
+    run: Run = field(default_factory=Run)
+
+
+def register() -> None:
+    """Schema nodes and resolvers; once a process, before Hydra composes."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, nodes in GROUPS.items():
+        for node in nodes:
+            store.store(group=f"schema/{group}", name=node_name(node), node=node)
+    # Cached by Hydra for all jobs of a sweep; two runs started in one second do not share a folder.
+    OmegaConf.register_new_resolver("xlpk_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("xlpk_groups", _groups_help, replace=True)
+
+
+def node_name(node: Any) -> str:
+    """The `name` that a group's class has by default: its option's name."""
+    for item in fields(node):
+        if item.name == "name" and item.default is not MISSING:
+            return str(item.default)
+    raise TypeError(f"{node.__name__} needs a name")
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group: the YAML files of its folder."""
+    folder = resources.files(PACKAGE).joinpath(group)
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def groups() -> list[str]:
+    return sorted(
+        entry.name for entry in resources.files(PACKAGE).iterdir() if entry.is_dir() and not entry.name.startswith("_")
+    )
+
+
+def _groups_help() -> str:
+    return "\n".join(f"{group + ':':12}{', '.join(options(group))}" for group in groups())
+
+
+def validate(cfg: DictConfig) -> Settings:
+    """Everything that can be refused without a model. Raises InputError naming field, value and what is allowed."""
+    try:
+        config = OmegaConf.to_object(cfg)
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise _from_omegaconf(error) from None
+    assert isinstance(resolved, dict)
+    if not isinstance(config, Config):
+        raise InputError("config", type(config).__name__, "the schema of xlpk, first in the defaults list")
+    for name in resolved:
+        if name not in {item.name for item in fields(Config)}:
+            raise InputError(str(name), resolved[name], f"no such group; there are {', '.join(groups())}")
+    _check_nodes(config)
+    _check_numbers(config)
+    check_sampling(config.sampling, layout.MAX_STOP_IDS)
+    spec, notes = _check_mode(config)
+    return Settings(
+        mode=config.mode.name,
+        backend=config.backend,
+        spec=spec,
+        acceptance=config.acceptance,
+        kv=config.kv,
+        model=config.model,
+        workload=config.workload,
+        sampling=config.sampling,
+        scheduler=config.scheduler,
+        tracking=config.tracking,
+        run=config.run,
+        requested_block=config.spec.block,
+        notes=tuple(notes),
+        resolved={str(key): value for key, value in resolved.items()},
+    )
+
+
+def _check_nodes(config: Config) -> None:
+    for group, nodes in GROUPS.items():
+        node: Any = getattr(config, group)
+        if type(node) not in nodes:
+            raise InputError(group, _short(node), f"one of {', '.join(map(node_name, nodes))}")
+        _one_of(f"{group}.name", node.name, [node_name(type(node))])
+        for extra in set(vars(node)) - {item.name for item in fields(type(node))}:
+            raise InputError(f"{group}.{extra}", _short(vars(node)[extra]), f"no such key of {group}={node.name}")
+    _one_of("mode.name", config.mode.name, MODES)
+    _one_of("backend.orchestration", config.backend.orchestration, ORCHESTRATIONS)
+    if config.model.name == "hf" and not config.model.path:
+        raise InputError("model.path", "null", "a folder with config.json and safetensors files: model.path=FOLDER")
+    _one_of("model.dtype", config.model.dtype, ("auto", "bf16", "fp32"))
+    _one_of("kv.dtype", config.kv.dtype, ("auto", "bf16", "fp32"))
+    if not config.run.outputs:
+        raise InputError("run.outputs", "''", "a folder")
+    if isinstance(config.workload, Prompts):
+        config.workload.texts()  # refuses an empty prompt or a missing file before a model is loaded
+
+
+def _check_numbers(config: Config) -> None:
+    _between("backend.threads", config.backend.threads, 0, 1024)
+    _between("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 1, 1024)
+    _between("scheduler.max_step_rows", config.scheduler.max_step_rows, 1, 512)
+    _between("scheduler.prefill_chunk", config.scheduler.prefill_chunk, 1, 1 << 20)
+    _between("run.warmup_steps", config.run.warmup_steps, 0, 1 << 20)
+    _between("model.seed", config.model.seed, 0, (1 << 63) - 1)
+    if config.model.max_len is not None:
+        _between("model.max_len", config.model.max_len, 2, 1 << 30)
+    block, rows = config.spec.block, config.scheduler.max_step_rows
+    limit = min(layout.MAX_BLOCK, rows)
+    if not 1 <= block <= limit:
+        why = f"the least of {layout.MAX_BLOCK} and scheduler.max_step_rows={rows}"
+        raise InputError("spec.block", block, f"1 to {limit} ({why})")
+    if rows < config.scheduler.max_num_seqs:
+        allowed = f"at least scheduler.max_num_seqs={config.scheduler.max_num_seqs}, a row for each request"
+        raise InputError("scheduler.max_step_rows", rows, allowed)
+    if isinstance(config.spec, Ngram):
+        _between("spec.min_n", config.spec.min_n, 1, MAX_NGRAM)
+        _between("spec.max_n", config.spec.max_n, config.spec.min_n, MAX_NGRAM)
+    if isinstance(config.spec, Oracle):
+        _between("spec.mismatch_stride", config.spec.mismatch_stride, 0, (1 << 31) - 1)
+    if isinstance(config.acceptance, Forced):
+        _between("acceptance.stride", config.acceptance.stride, 1, (1 << 31) - 1)
+    if isinstance(config.tracking, MlflowTracking):
+        timeout_s = config.tracking.timeout_s
+        if not (math.isfinite(timeout_s) and timeout_s > 0):
+            raise InputError("tracking.timeout_s", timeout_s, "a finite number of seconds above 0")
+        if not config.tracking.experiment.strip():
+            raise InputError("tracking.experiment", "''", "a name")
+
+
+def _check_mode(config: Config) -> tuple[NoSpec | Ngram | Oracle, list[str]]:
+    """The proposer that runs, and the notes. A contradiction is refused; `serial_decode` answers other blocks by 1."""
+    mode, spec = config.mode.name, config.spec
+    if mode == "serial_decode":
+        if not isinstance(spec, NoSpec):
+            raise InputError("spec", spec.name, "mode=serial_decode drafts nothing: none, or mode=speculative_decode")
+        if isinstance(config.acceptance, Forced):
+            raise InputError("acceptance", "forced", "mode=serial_decode has no drafts to reject: keyed or greedy")
+        if spec.block != 1:
+            return NoSpec(), [f"spec.block={spec.block}: mode=serial_decode runs with an effective block of 1"]
+        return spec, []
+    if isinstance(spec, NoSpec):
+        drafting = "ngram or oracle" if mode == "speculative_decode" else "oracle"
+        raise InputError("spec", spec.name, f"mode={mode} drafts: {drafting}; mode=serial_decode is the one without")
+    if mode == "forced_rejection":
+        if not isinstance(spec, Oracle):
+            raise InputError("spec", spec.name, "mode=forced_rejection takes oracle, mode=speculative_decode ngram")
+        if spec.mismatch_stride == 0 and not isinstance(config.acceptance, Forced):
+            raise InputError("spec.mismatch_stride", 0, "at least 1 in mode=forced_rejection: 0 rejects nothing")
+    return spec, []
+
+
+def _between(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise InputError(name, value, f"{least} to {most}")
+
+
+def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    if value not in tuple(allowed):
+        raise InputError(name, _short(value), f"one of {', '.join(allowed)}")
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def explain(error: Exception, argv: Iterable[str] = ()) -> InputError:
+    """Hydra's own refusals (unknown key or option, wrong type, syntax) as one InputError; `argv` has what was typed."""
+    refused = _explain(error)
+    if refused.value == UNKNOWN:
+        typed = [text.partition("=")[2] for text in argv if text.partition("=")[0].lstrip("+~") == refused.field]
+        return InputError(refused.field, _short(typed[-1]) if typed else UNKNOWN, refused.allowed)
+    return refused
+
+
+def _explain(error: Exception) -> InputError:
+    if isinstance(error, OverrideParseException):
+        hint = "key=value; spaces, commas and brackets go in quotes, as in 'workload.prompt=\"def f(n):\"'"
+        return InputError("command line", _short(error.override), hint)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return InputError(group or "config", option, _suggest(option, [o for o in error.options or [] if o]))
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OmegaConfBaseException):
+        return _from_omegaconf(cause)
+    text = str(error)
+    if "Multiple values for" in text:
+        return InputError("command line", _short(text.splitlines()[0]), "one value a group, without a leading +")
+    if "looks like a config group override" in text or "Could not override" in text:
+        key = text.split("'")[1] if "'" in text else text
+        return InputError(key, UNKNOWN, _suggest(key, groups()))
+    if "Ambiguous value" in text or "requires --multirun" in text:
+        typed = text.split("'")[1] if "'" in text else text
+        return InputError("command line", _short(typed), "one value, or -m for a sweep; a list goes in [ ]")
+    return InputError("command line", _short(text), "see python -m xlpk.run --help")
+
+
+def _from_omegaconf(error: OmegaConfBaseException) -> InputError:
+    key = str(error.full_key or error.key or "config")
+    parent = error.parent_node
+    message = str(error.msg or error).splitlines()[0]
+    if "not in" in message and isinstance(parent, DictConfig):
+        known = [str(name) for name in parent if name != "hydra"]
+        where = key.rpartition(".")[0]
+        title = f"{where}={parent.name}" if where and "name" in known else where or "the config"
+        hint = _suggest(key.rpartition(".")[2], [name for name in known if name != "name"])
+        return InputError(key, UNKNOWN, f"no such key of {title}; {hint}")
+    if "Missing mandatory value" in message:
+        return InputError(key, "???", f"a value is needed: {key}=...")
+    return InputError(key, _short(error.value) if error.value is not None else UNKNOWN, _short(message))
+
+
+def _suggest(typed: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(typed, known, n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"{guess}one of {', '.join(sorted(known))}"
+
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)

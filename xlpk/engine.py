@@ -1,0 +1,327 @@
+"""Workload + clock + backend -> the event log, the one record of a run.
+
+`serve` sends requests at their absolute intended times, polls, and writes events.jsonl; it computes no metric. A run
+that dies leaves what it has seen: events are flushed every half second and on every way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from xlpk import __version__, layout
+from xlpk.backend import Admitted, Backend, BackendReport, Event, Finished, StepDone, Token
+from xlpk.errors import BackendError
+from xlpk.kv import KVPlan
+from xlpk.model import SHAPES, Model
+from xlpk.settings import Settings
+from xlpk.speculation import Acceptance, Keyed, NoSpec, Oracle, Proposer
+from xlpk.weights import Fill
+from xlpk.workload import Request
+
+LOG_VERSION = 1
+FLUSH_S = 0.5  # a killed process loses at most this much
+IDLE_S = 0.0002  # sleep when a poll found nothing: the loop's threads want the cores
+DRAIN_S = 1.0  # wait for the records of the last steps after the last request finished
+
+MakeBackend = Callable[[Settings, Proposer, Acceptance], Backend]
+Progress = Callable[[int], None]  # output tokens so far
+
+
+class EventLog:
+    """Append-only JSON lines. `add` only buffers; `tick` writes once FLUSH_S have passed, `flush` at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._buffer: list[dict[str, Any]] = []
+        self._flushed_s = time.monotonic()
+
+    def add(self, event: str, **values: Any) -> None:
+        self._buffer.append({"event": event, **values})
+
+    def tick(self) -> None:
+        if time.monotonic() - self._flushed_s >= FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self._file.write("".join(json.dumps(record, separators=(",", ":")) + "\n" for record in self._buffer))
+        self._file.flush()
+        self._buffer.clear()
+        self._flushed_s = time.monotonic()
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        status = "FINISHED" if error is None else "FAILED"
+        reason = {} if kind is None else {"error": f"{kind.__name__}: {error}"}
+        self.add("end", status=status, host_ns=time.monotonic_ns(), **reason)
+        self.flush()
+        self._file.close()
+
+
+@dataclass
+class Outcome:
+    """What a run produced besides its log."""
+
+    outputs: dict[int, list[int]] = field(default_factory=dict)  # request id -> output tokens
+    reasons: dict[int, str] = field(default_factory=dict)  # request id -> why it finished
+    report: BackendReport = field(default_factory=BackendReport)
+    first_step_s: float | None = None  # monotonic time of the first step that the host saw
+
+
+def make_backend(settings: Settings, spec: Proposer, acceptance: Acceptance) -> Backend:
+    """The backend that the config names, imported now."""
+    from xlpk.backends.cpu import CpuBackend
+
+    backend: Backend = CpuBackend(
+        threads=settings.backend.threads,
+        orchestration=settings.backend.orchestration,
+        max_num_seqs=settings.scheduler.max_num_seqs,
+        max_step_rows=settings.scheduler.max_step_rows,
+        prefill_chunk=settings.scheduler.prefill_chunk,
+        spec=spec,
+        acceptance=acceptance,
+        cache=_cache(settings),
+    )
+    return backend
+
+
+def hash_fill(settings: Settings) -> Fill | None:
+    """The compiled generator of hash weights, for shapes that have no checkpoint; numpy takes minutes for a billion."""
+    if settings.model.path is not None or settings.model.name not in SHAPES:
+        return None
+    from xlpk.backends.cpu import CpuLibrary
+    from xlpk.toolchain import build_cpu_library
+
+    return CpuLibrary(build_cpu_library(_cache(settings))).fill_hash
+
+
+def _cache(settings: Settings) -> Path:
+    return Path(settings.run.outputs).resolve() / "cache"
+
+
+def serve(
+    settings: Settings,
+    model: Model,
+    plan: KVPlan,
+    requests: list[Request],
+    make: MakeBackend,
+    log: EventLog,
+    outcome: Outcome,
+    progress: Progress | None = None,
+) -> None:
+    """Runs all requests once, logs what happened and fills `outcome`; what is raised passes, the backend closed."""
+    log.add("header", **_header(settings, model, plan, requests))
+    if isinstance(settings.spec, Oracle):
+        requests = _with_answers(settings, model, plan, requests, make, log)
+    backend = make(settings, settings.spec, settings.acceptance)
+    try:
+        backend.open(model, plan)
+        _calibrate(backend, log)
+        session = _Session(backend, log, outcome)
+        warmup = _warmup_request(settings, requests)
+        if warmup is not None:
+            session.warm_up(warmup)
+        session.measure(requests, progress)
+    finally:
+        log.tick()
+        outcome.report = backend.close()
+        log.add("counters", **{k: v for k, v in asdict(outcome.report).items() if k != "details"})
+
+
+def _header(settings: Settings, model: Model, plan: KVPlan, requests: list[Request]) -> dict[str, Any]:
+    return {
+        "version": LOG_VERSION,
+        "xlpk": __version__,
+        "layout": layout.VERSION,
+        "clocks": {"host": "time.monotonic_ns", "device": "the backend's; a clock event relates the two"},
+        "host_ns": time.monotonic_ns(),
+        "unix_s": time.time(),
+        "mode": settings.mode,
+        "backend": settings.backend.name,
+        "orchestration": settings.backend.orchestration,
+        "model": model.name,
+        "lossless": settings.lossless,
+        "spec": {**asdict(settings.spec), "requested_block": settings.requested_block},
+        "acceptance": asdict(settings.acceptance),
+        "kv": {**asdict(plan), "token_bytes": plan.token_bytes},
+        "phase_bytes": model.config.phase_bytes(model.weights.dtype),
+        "phases": list(layout.PHASE_NAMES),
+        "requests": len(requests),
+    }
+
+
+def _warmup_request(settings: Settings, requests: list[Request]) -> Request | None:
+    if settings.run.warmup_steps == 0:
+        return None
+    first = requests[0]
+    count = min(settings.run.warmup_steps, first.max_new_tokens)
+    answers = first.oracle[:count]
+    return replace(
+        first, request_id=len(requests), max_new_tokens=count, stop_token_ids=(), ignore_eos=True, oracle=answers
+    )
+
+
+class _Session:
+    """An open backend: polls it, and keeps what the log and the caller need."""
+
+    def __init__(self, backend: Backend, log: EventLog, outcome: Outcome) -> None:
+        self.backend = backend
+        self.log = log
+        self.outcome = outcome
+        self.warmup_id: int | None = None
+        self.warmup_step: int | None = None  # last step of the warm-up, once it is known
+        self.last_step = 0  # last step whose record was seen
+        self.finished_step = 0  # last step that finished a request
+        self.n_tokens = 0
+
+    def warm_up(self, request: Request) -> None:
+        """One untimed request; its events are marked. Later steps do not belong to it: the loop is idle in between."""
+        self.warmup_id = request.request_id
+        while not self.backend.submit(request):
+            self.poll_or_sleep()
+        while self.warmup_step is None:
+            self.poll_or_sleep()
+        self.drain(self.warmup_step)
+
+    def measure(self, requests: list[Request], progress: Progress | None) -> None:
+        pending = sorted(requests, key=lambda request: request.arrival_s)
+        start_ns = time.monotonic_ns()
+        arrivals = [start_ns + round(request.arrival_s * 1e9) for request in pending]
+        for request, arrival_ns in zip(pending, arrivals, strict=True):
+            self.log.add(
+                "arrival",
+                request_id=request.request_id,
+                host_ns=arrival_ns,
+                prompt_tokens=len(request.prompt),
+                max_new_tokens=request.max_new_tokens,
+            )
+        n_sent = 0
+        while len(self.outcome.reasons) < len(requests):
+            while n_sent < len(pending) and arrivals[n_sent] <= time.monotonic_ns():
+                sent_ns = time.monotonic_ns()
+                if not self.backend.submit(pending[n_sent]):
+                    break  # the ring is full: poll, then try again
+                self.log.add("submit", request_id=pending[n_sent].request_id, host_ns=sent_ns)
+                n_sent += 1
+            self.poll_or_sleep()
+            self.log.tick()
+            if progress is not None:
+                progress(self.n_tokens)
+        self.drain(self.finished_step)
+
+    def drain(self, step: int) -> None:
+        """Waits until the record of `step` was seen; it may follow the events that the step caused."""
+        deadline_s = time.monotonic() + DRAIN_S
+        while self.last_step < step and time.monotonic() < deadline_s:
+            self.poll_or_sleep()
+
+    def poll_or_sleep(self) -> None:
+        """Takes and logs what there is."""
+        events = self.backend.poll()
+        for event in events:
+            self._take(event)
+        if not events:
+            time.sleep(IDLE_S)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case StepDone():
+                self.last_step = max(self.last_step, event.step)
+                in_warmup = self.warmup_id is not None and (self.warmup_step is None or event.step <= self.warmup_step)
+                mark = {"warmup": True} if in_warmup else {}
+                if self.outcome.first_step_s is None:
+                    self.outcome.first_step_s = time.monotonic()
+                values = {**event.values, "step": event.step, "host_ns": event.host_ns, "phase_ns": event.phase_ns}
+                self.log.add("step", **values, **mark)
+                return
+            case Admitted():
+                name = "admitted"
+            case Token():
+                name = "token"
+                if event.request_id != self.warmup_id:
+                    self.outcome.outputs.setdefault(event.request_id, []).append(event.token)
+                    self.n_tokens += 1
+            case Finished():
+                name = "finished"
+                self.finished_step = max(self.finished_step, event.step)
+                if event.request_id == self.warmup_id:
+                    self.warmup_step = event.step
+                else:
+                    self.outcome.reasons[event.request_id] = event.reason
+        mark = {"warmup": True} if event.request_id == self.warmup_id else {}
+        self.log.add(name, **event._asdict(), **mark)
+
+
+def _calibrate(backend: Backend, log: EventLog) -> None:
+    """Logs device clock - host clock and half the narrowest bracket of a device reading between two host readings."""
+    clock_ns: Callable[[], int] | None = getattr(backend, "clock_ns", None)
+    if clock_ns is None:
+        return
+    brackets = []
+    for _ in range(64):
+        before_ns = time.monotonic_ns()
+        device_ns = clock_ns()
+        after_ns = time.monotonic_ns()
+        brackets.append((after_ns - before_ns, device_ns - (before_ns + after_ns) // 2))
+    width_ns, offset_ns = min(brackets)
+    log.add("clock", offset_ns=offset_ns, error_ns=-(-width_ns // 2))
+
+
+_ANSWERS: dict[tuple[object, ...], tuple[int, ...]] = {}  # of this process: points of a sweep share them
+
+
+def _with_answers(
+    settings: Settings, model: Model, plan: KVPlan, requests: list[Request], make: MakeBackend, log: EventLog
+) -> list[Request]:
+    """The requests with their right output, from an untimed serial run of the same backend."""
+    details = (settings.backend.name, settings.backend.orchestration, plan.dtype, plan.max_len)
+    keys = {request.request_id: (model.fingerprint, details, replace(request, request_id=0)) for request in requests}
+    missing = [request for request in requests if keys[request.request_id] not in _ANSWERS]
+    begin_s = time.monotonic()
+    if missing:
+        for request_id, output in _serial_outputs(settings, model, plan, missing, make).items():
+            _ANSWERS[keys[request_id]] = tuple(output)
+    log.add(
+        "note",
+        kind="oracle",
+        text="right answers from an untimed serial run",
+        computed=len(missing),
+        cached=len(requests) - len(missing),
+        seconds=round(time.monotonic() - begin_s, 6),
+    )
+    return [replace(request, oracle=_ANSWERS[keys[request.request_id]]) for request in requests]
+
+
+def _serial_outputs(
+    settings: Settings, model: Model, plan: KVPlan, requests: list[Request], make: MakeBackend
+) -> dict[int, list[int]]:
+    backend = make(settings, NoSpec(), Keyed())
+    outputs: dict[int, list[int]] = {request.request_id: [] for request in requests}
+    unfinished = set(outputs)
+    waiting = list(requests)
+    with contextlib.closing(backend):
+        backend.open(model, plan)
+        while unfinished:
+            while waiting and backend.submit(waiting[0]):
+                waiting.pop(0)
+            events = backend.poll()
+            for event in events:
+                if isinstance(event, Token):
+                    outputs[event.request_id].append(event.token)
+                elif isinstance(event, Finished):
+                    if event.reason in ("error", "cancelled"):
+                        raise BackendError(f"serial run for spec=oracle: request {event.request_id}: {event.reason}")
+                    unfinished.discard(event.request_id)
+            if not events:
+                time.sleep(IDLE_S)
+    return outputs

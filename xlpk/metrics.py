@@ -1,0 +1,365 @@
+"""Events -> metrics, one code path for every backend; docs/metrics.md defines each figure.
+
+`compute` takes the records of events.jsonl and gives a flat dict `group/name_unit.stat -> number`; None says that the
+figure is withheld (a p99 of fewer than 1000 samples). Warm-up events are counted and otherwise left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xlpk.errors import InputError
+from xlpk.units import percentile
+
+Record = dict[str, Any]
+Metrics = dict[str, float | int | None]
+
+MIN_P99 = 1000  # samples
+RESAMPLES = 1000  # of the bootstrap
+COUNTERS = ("launches", "syncs", "h2d_copies", "d2h_copies", "h2d_bytes", "d2h_bytes")
+FAILED_REASONS = ("error", "cancelled")
+MAX_POINTS = 250  # of a time series
+
+
+def read_events(path: Path) -> list[Record]:
+    """The records of an event log; a last line that a dying process left half-written is dropped."""
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(str(path), f"line {number}", "one JSON object a line") from None
+    return records
+
+
+def compute(events: Iterable[Record]) -> Metrics:
+    """All metrics of one run."""
+    log = _Log(events)
+    metrics: Metrics = {}
+    metrics |= _requests(log)
+    metrics |= _latencies(log)
+    metrics |= _throughput(log)
+    metrics |= _speculation(log)
+    metrics |= _host(log)
+    metrics |= _loop(log)
+    metrics |= _kv(log)
+    metrics |= _warmup(log)
+    return metrics
+
+
+def series(events: Iterable[Record]) -> dict[str, list[tuple[int, int, float]]]:
+    """Time lines for plots: key -> [(step, device_ns since the first step began, value)], at most MAX_POINTS each."""
+    log = _Log(events)
+    if not log.steps:
+        return {}
+    count = len(log.steps)
+    picked = sorted({int(i) for i in np.linspace(0, count - 1, min(count, MAX_POINTS)).round()})
+    finished = np.cumsum([step["n_finished"] for step in log.steps])
+    first = log.steps[0]
+    out: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+    for index in picked:
+        step = log.steps[index]
+        point = step["step"] - first["step"] + 1, step["end_ns"] - first["begin_ns"]
+        values = {
+            "loop/step_ms": (step["end_ns"] - step["begin_ns"]) / 1e6,
+            "loop/rows": step["n_rows"],
+            "loop/tokens": step["n_tokens"],
+            "requests/waiting": step["n_waiting"],
+            "requests/prefill": step["n_prefill"],
+            "requests/decode": step["n_decode"],
+            "requests/finished": int(finished[index]),
+            "kv/active_bytes": step["pages_active"] * log.page_bytes,
+            "kv/locked_bytes": step["pages_locked"] * log.page_bytes,
+            "kv/draft_bytes": step["pages_draft"] * log.page_bytes,
+            "kv/usage": _usage(step),
+        }
+        for key, value in values.items():
+            out[key].append((*point, float(value)))
+    return dict(out)
+
+
+class _Log:
+    """The records sorted by kind; the measured ones apart from those of the warm-up."""
+
+    def __init__(self, events: Iterable[Record]) -> None:
+        self.header: Record = {}
+        self.clock: Record | None = None
+        self.counters: Record | None = None
+        self.arrivals: dict[int, Record] = {}
+        self.submits: dict[int, Record] = {}
+        self.finished: dict[int, Record] = {}
+        self.tokens: dict[int, list[Record]] = defaultdict(list)
+        self.steps: list[Record] = []
+        self.warmup_steps = self.warmup_tokens = 0
+        for event in events:
+            self._sort(event)
+
+    def _sort(self, event: Record) -> None:
+        kind, warmup = event["event"], bool(event.get("warmup"))
+        if kind == "header":
+            self.header = event
+        elif kind == "clock":
+            self.clock = event
+        elif kind == "counters":
+            self.counters = event
+        elif kind == "token":
+            if warmup:
+                self.warmup_tokens += 1
+            else:
+                self.tokens[event["request_id"]].append(event)
+        elif kind == "step":
+            if warmup:
+                self.warmup_steps += 1
+            else:
+                self.steps.append(event)
+        elif not warmup and kind in ("arrival", "submit", "finished"):
+            by_request = {"arrival": self.arrivals, "submit": self.submits, "finished": self.finished}[kind]
+            by_request[event["request_id"]] = event
+
+    @property
+    def page_bytes(self) -> int:
+        return int(self.header["kv"]["page_bytes"])
+
+    @property
+    def n_output(self) -> int:
+        return sum(len(tokens) for tokens in self.tokens.values())
+
+
+def _requests(log: _Log) -> Metrics:
+    reasons = Counter(event["reason"] for event in log.finished.values())
+    out: Metrics = {
+        "requests/total": len(log.arrivals),
+        "requests/finished": len(log.finished),
+        "requests/unfinished": len(log.arrivals) - len(log.finished),
+        "requests/prompt_tokens": sum(event["prompt_tokens"] for event in log.arrivals.values()),
+        "requests/output_tokens": log.n_output,
+    }
+    for reason, count in sorted(reasons.items()):
+        out[f"requests/finished_{reason}"] = count
+    for name in ("waiting", "prefill", "decode"):
+        values = [step[f"n_{name}"] for step in log.steps]
+        if values:
+            out[f"requests/{name}.mean"] = float(np.mean(values))
+            out[f"requests/{name}.peak"] = max(values)
+    return out
+
+
+def _latencies(log: _Log) -> Metrics:
+    """By host clock from `latency/`, by device clock from `device_latency/`; all in ms."""
+    out = _latencies_by(log, "latency", "host_ns", 0)
+    if log.clock is not None:
+        out |= _latencies_by(log, "device_latency", "device_ns", int(log.clock["offset_ns"]))
+        out["device_latency/clock_error_us"] = log.clock["error_ns"] / 1e3
+    return out
+
+
+def _latencies_by(log: _Log, group: str, clock: str, offset_ns: int) -> Metrics:
+    """`offset_ns` brings the host's readings of arrival and send onto the clock of the token events."""
+    samples: dict[str, list[float]] = {key: [] for key in ("ttft", "send_ttft", "e2e", "tpot", "itl", "step_gap")}
+    for request_id, tokens in log.tokens.items():
+        first_ns, last_ns = tokens[0][clock], tokens[-1][clock]
+        arrival = log.arrivals.get(request_id)
+        if arrival is not None:
+            samples["ttft"].append(first_ns - arrival["host_ns"] - offset_ns)
+        if request_id in log.submits:
+            samples["send_ttft"].append(first_ns - log.submits[request_id]["host_ns"] - offset_ns)
+        if request_id in log.finished and arrival is not None:
+            samples["e2e"].append(last_ns - arrival["host_ns"] - offset_ns)
+            if len(tokens) > 1:
+                samples["tpot"].append((last_ns - first_ns) / (len(tokens) - 1))
+        gaps, shares = _gaps(tokens, clock)
+        samples["step_gap"] += gaps
+        samples["itl"] += shares
+    out: Metrics = {}
+    for name, values_ns in samples.items():
+        out |= summary(f"{group}/{name}_ms", [value / 1e6 for value in values_ns])
+    return out
+
+
+def _gaps(tokens: Sequence[Record], clock: str) -> tuple[list[float], list[float]]:
+    """Gaps between the publishing steps of one request, and the same shared by the tokens of the later step."""
+    published: list[tuple[int, int, int]] = []  # (step, its last token's time, its tokens)
+    for token in tokens:
+        if published and published[-1][0] == token["step"]:
+            published[-1] = (token["step"], token[clock], published[-1][2] + 1)
+        else:
+            published.append((token["step"], token[clock], 1))
+    gaps: list[float] = []
+    shares: list[float] = []
+    for (_, before_ns, _), (_, after_ns, count) in pairwise(published):
+        gaps.append(after_ns - before_ns)
+        shares += [(after_ns - before_ns) / count] * count
+    return gaps, shares
+
+
+def summary(key: str, values: Sequence[float]) -> Metrics:
+    """mean, p50, p90, p99 (None below MIN_P99), n, and the bootstrap 95 % interval of the median."""
+    if not values:
+        return {}
+    low, high = median_interval(values)
+    return {
+        f"{key}.mean": float(np.mean(values)),
+        f"{key}.p50": percentile(values, 50),
+        f"{key}.p90": percentile(values, 90),
+        f"{key}.p99": percentile(values, 99) if len(values) >= MIN_P99 else None,
+        f"{key}.n": len(values),
+        f"{key}.p50_low": low,
+        f"{key}.p50_high": high,
+    }
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Percentile bootstrap with a fixed seed; long samples get fewer resamples, never under 200."""
+    sample: npt.NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    resamples = min(RESAMPLES, max(200, 1_000_000 // len(sample)))
+    medians: list[float] = []
+    for begin in range(0, resamples, 100):  # in portions: 100 x 100,000 samples take 80 MB
+        picks = rng.integers(0, len(sample), (min(100, resamples - begin), len(sample)))
+        medians += np.median(sample[picks], axis=1).tolist()
+    return percentile(medians, 2.5), percentile(medians, 97.5)
+
+
+def _throughput(log: _Log) -> Metrics:
+    """Over first intended arrival .. last token, by host clock."""
+    if not log.arrivals or not log.tokens:
+        return {}
+    begin_ns = min(event["host_ns"] for event in log.arrivals.values())
+    end_ns = max(tokens[-1]["host_ns"] for tokens in log.tokens.values())
+    window_s = (end_ns - begin_ns) / 1e9
+    done = sum(event["reason"] not in FAILED_REASONS for event in log.finished.values())
+    if window_s <= 0:
+        return {}
+    return {
+        "throughput/window_s": window_s,
+        "throughput/tokens_per_s": log.n_output / window_s,
+        "throughput/requests_per_s": done / window_s,
+    }
+
+
+def _speculation(log: _Log) -> Metrics:
+    """A verification is a decode row with its drafts, possibly none; a request's first token comes from prefill."""
+    if log.header.get("spec", {}).get("name", "none") == "none":
+        return {}
+    verified = [
+        (token["n_drafts"], token["n_accepted"])
+        for tokens in log.tokens.values()
+        for token in tokens
+        if token["n_drafts"] >= 0 and token["output_index"] > 0
+    ]
+    proposed = sum(drafts for drafts, _ in verified)
+    accepted = sum(count for _, count in verified)
+    out: Metrics = {
+        "spec/verifications": len(verified),
+        "spec/verifications_with_drafts": sum(drafts > 0 for drafts, _ in verified),
+        "spec/proposed": proposed,
+        "spec/accepted": accepted,
+    }
+    if verified:
+        out["spec/acceptance_length"] = 1 + accepted / len(verified)
+    if proposed:
+        out["spec/acceptance_rate"] = accepted / proposed
+    for position in range(1, max((drafts for drafts, _ in verified), default=0) + 1):
+        had = [count for drafts, count in verified if drafts >= position]
+        reached = [count for count in had if count >= position - 1]
+        hits = sum(count >= position for count in had)
+        out[f"spec/acceptance_at.{position}"] = hits / len(had)
+        if reached:
+            out[f"spec/acceptance_given.{position}"] = hits / len(reached)
+    return out
+
+
+def _host(log: _Log) -> Metrics:
+    """Counts of the whole session, warm-up included, so they are divided by its tokens and requests, all of them."""
+    if log.counters is None:
+        return {}
+    n_tokens = log.n_output + log.warmup_tokens
+    n_requests = len(log.finished) + (1 if log.warmup_tokens else 0)
+    out: Metrics = {}
+    for name in COUNTERS:
+        count = log.counters[name]
+        out[f"host/{name}"] = count
+        if n_tokens:
+            out[f"host/{name}.per_output_token"] = count / n_tokens
+        if n_requests:
+            out[f"host/{name}.per_request"] = count / n_requests
+    return out
+
+
+def _loop(log: _Log) -> Metrics:
+    if not log.steps:
+        return {"loop/steps": 0}
+    tokens = sum(step["n_tokens"] for step in log.steps)
+    out: Metrics = {"loop/steps": len(log.steps), "loop/tokens_per_step.mean": tokens / len(log.steps)}
+    for name in ("rows", "prefill_rows", "decode_rows", "draft_rows"):
+        out[f"loop/{name}.mean"] = sum(step[f"n_{name}"] for step in log.steps) / len(log.steps)
+    out |= summary("loop/step_ms", [(step["end_ns"] - step["begin_ns"]) / 1e6 for step in log.steps])
+    phases = log.header["phases"]
+    total_ns = {phase: sum(step["phase_ns"].get(phase, 0) for step in log.steps) for phase in phases}
+    all_ns = sum(total_ns.values())
+    moved = _phase_bytes(log)
+    for phase in phases:
+        out[f"phase/{phase}_ms.mean"] = total_ns[phase] / len(log.steps) / 1e6
+        if all_ns:
+            out[f"phase/{phase}_share"] = total_ns[phase] / all_ns
+        if phase in moved and total_ns[phase]:
+            out[f"phase/{phase}_bytes"] = moved[phase]
+            out[f"phase/{phase}_gb_per_s"] = moved[phase] / total_ns[phase]
+    window_ns = log.steps[-1]["end_ns"] - log.steps[0]["begin_ns"]
+    if window_ns > 0:
+        # Where the host launches, control runs on the host and the device waits for it.
+        on_device = [phase for phase in phases if phase != "control" or log.header.get("orchestration") == "persistent"]
+        out["loop/device_idle_share"] = max(0.0, 1 - sum(total_ns[phase] for phase in on_device) / window_ns)
+    return out
+
+
+def _phase_bytes(log: _Log) -> dict[str, int]:
+    """What the steps had to read: each weight once a step, K and V of each running request once a step."""
+    weights = log.header.get("phase_bytes", {})
+    moved = {phase: size * len(log.steps) for phase, size in weights.items()}
+    if "lm_head" in moved:
+        moved["lm_head"] = weights["lm_head"] * sum(step["n_sample_rows"] > 0 for step in log.steps)
+    if token_bytes := log.header["kv"].get("token_bytes"):
+        moved["attend"] = token_bytes * sum(step["context_tokens"] for step in log.steps)
+    return moved
+
+
+def _usage(step: Record) -> float:
+    return 1 - float(step["pages_free"]) / float(step["pages_total"])
+
+
+def _kv(log: _Log) -> Metrics:
+    """Each sampled in every step: mean, p99 and peak. External fragmentation is 0 by construction: pages are equal."""
+    out: Metrics = {}
+    if not log.steps:
+        return out
+    page_size = log.header["kv"]["page_size"]
+    lines = {
+        "kv/active_bytes": [step["pages_active"] * log.page_bytes for step in log.steps],
+        "kv/locked_bytes": [step["pages_locked"] * log.page_bytes for step in log.steps],
+        "kv/draft_bytes": [step["pages_draft"] * log.page_bytes for step in log.steps],
+        "kv/usage": [_usage(step) for step in log.steps],
+        "kv/fragmentation": [
+            1 - step["live_tokens"] / (step["live_pages"] * page_size) for step in log.steps if step["live_pages"]
+        ],
+    }
+    for key, values in lines.items():
+        if values:
+            out[f"{key}.mean"] = float(np.mean(values))
+            out[f"{key}.p99"] = percentile(values, 99)
+            out[f"{key}.peak"] = max(values)
+    return out
+
+
+def _warmup(log: _Log) -> Metrics:
+    return {"warmup/steps": log.warmup_steps, "warmup/tokens": log.warmup_tokens}
