@@ -190,23 +190,13 @@ int32_t xl_cancel(Session* session, uint64_t request_id) {
 // Takes up to `most` events, oldest first; how many.
 int32_t xl_take_events(Session* session, Event* out, int32_t most) {
   const Params& p = session->params;
-  uint64_t head = p.mailbox->event_head;
-  const uint64_t tail = load_acquire_system(&p.mailbox->event_tail);
-  int32_t count = 0;
-  while (head < tail && count < most) out[count++] = ring_entry(p.events, p.event_capacity, head++);
-  store_release_system(&p.mailbox->event_head, head);
-  return count;
+  return ring_take(p.events, p.event_capacity, &p.mailbox->event_head, &p.mailbox->event_tail, out, most);
 }
 
 // Takes up to `most` step records, oldest first; how many.
 int32_t xl_take_steps(Session* session, StepRecord* out, int32_t most) {
   const Params& p = session->params;
-  uint64_t head = p.mailbox->step_head;
-  const uint64_t tail = load_acquire_system(&p.mailbox->step_tail);
-  int32_t count = 0;
-  while (head < tail && count < most) out[count++] = ring_entry(p.step_records, p.step_capacity, head++);
-  store_release_system(&p.mailbox->step_head, head);
-  return count;
+  return ring_take(p.step_records, p.step_capacity, &p.mailbox->step_head, &p.mailbox->step_tail, out, most);
 }
 
 // AbortReason of the loop, 0 while it is well.

@@ -29,6 +29,7 @@ COMPARED = (  # heading, key, format
     ("accepted", "spec/acceptance_rate", "{:.1%}"),
     ("tokens/verify", "spec/acceptance_length", "{:.2f}"),
     ("steps", "loop/steps", "{:d}"),
+    ("device idle", "loop/device_idle_share", "{:.1%}"),
     ("launches/token", "host/launches.per_output_token", "{:.4f}"),
 )
 MAX_SHOWN = 1000  # characters of a prompt or a completion

@@ -26,7 +26,7 @@ class Sampling:
 
     temperature: float = 0.0  # 0: greedy
     seed: int = 0  # request i samples with seed + i
-    max_new_tokens: int = 64
+    max_new_tokens: int = 128
     stop_token_ids: list[int] = field(default_factory=list)
     ignore_eos: bool = False
 

@@ -40,6 +40,7 @@ XL_FN void attend_span(Team& team, const Params& p, const Dims& d, int layer, in
     float largest = own[0];
     for (int j = team.lane(); j < count; j += Team::lanes) largest = own[j] > largest ? own[j] : largest;
     largest = warp_max(team, largest);
+    team.warp_sync();  // every lane read own[0]; a shuffle alone orders no memory
     // Zeros behind the last key keep whole chunks, and add nothing.
     const int padded = (count + kVirtualLanes - 1) / kVirtualLanes * kVirtualLanes;
     for (int j = team.lane(); j < padded; j += Team::lanes) own[j] = j < count ? exp_(own[j] - largest) : 0.0f;

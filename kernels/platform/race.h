@@ -8,15 +8,17 @@
 
 namespace xl {
 
-// A barrier by a monotonic count of arrivals; `epoch` is each thread's own.
+// A barrier by monotonic counts of arrivals; `epoch` is each thread's own. Even and odd epochs count on words of their own, so
+// that who leaves late does not acquire what others wrote behind the barrier.
 struct RaceBarrier {
-  uint64_t arrivals = 0;
+  uint64_t arrivals[2] = {};
 
   void wait(uint64_t& epoch, int threads) {
-    ++epoch;
-    add_release(&arrivals, 1);
+    uint64_t* word = &arrivals[epoch & 1];
+    const uint64_t target = (++epoch + 1) / 2 * uint64_t(threads);
+    add_release(word, 1);
     int turns = 0;
-    while (load_acquire(&arrivals) < epoch * uint64_t(threads)) relax(turns);
+    while (load_acquire(word) < target) relax(turns);
   }
 };
 
@@ -25,7 +27,8 @@ template <int Threads, int Lanes>
 struct RaceShared {
   RaceBarrier team;
   RaceBarrier warp[Threads / Lanes];
-  float exchange[Threads] = {};
+  uint64_t exchange[Threads] = {};         // a lane's value, below the number of the shuffle
+  uint64_t received[Threads / Lanes] = {};  // by the lanes of a warp, over all shuffles
   int ints[Threads] = {};
   float* scratch = nullptr;
 };
@@ -38,7 +41,7 @@ struct RaceTeam {
 
   Shared* shared;
   int thread_;
-  uint64_t team_epoch = 0, warp_epoch = 0;
+  uint64_t team_epoch = 0, warp_epoch = 0, shuffles = 0;
 
   RaceTeam(Shared* shared, int thread) : shared(shared), thread_(thread) {}
   int thread() const { return thread_; }
@@ -46,12 +49,17 @@ struct RaceTeam {
   int lane() const { return thread_ % Lanes; }
   void sync() { shared->team.wait(team_epoch, Threads); }
   void warp_sync() { shared->warp[warp()].wait(warp_epoch, Lanes); }
+  // As on a GPU it orders nothing but its own values: relaxed operations only, so that a warp_sync that is missing shows.
   float shuffle_xor(float value, int mask) {
-    shared->exchange[thread_] = value;
-    warp_sync();
-    const float other = shared->exchange[thread_ ^ mask];
-    warp_sync();
-    return other;
+    const uint64_t number = ++shuffles & 0xffffffffu;
+    __atomic_store_n(&shared->exchange[thread_], number << 32 | to_bits(value), __ATOMIC_RELAXED);
+    uint64_t other;
+    int turns = 0;
+    while ((other = __atomic_load_n(&shared->exchange[thread_ ^ mask], __ATOMIC_RELAXED)) >> 32 != number) relax(turns);
+    uint64_t* received = &shared->received[warp()];
+    __atomic_fetch_add(received, uint64_t(1), __ATOMIC_RELAXED);
+    while (__atomic_load_n(received, __ATOMIC_RELAXED) < shuffles * Lanes) relax(turns);
+    return from_bits(uint32_t(other));
   }
   float* scratch() { return shared->scratch; }
   int* shared_ints() { return shared->ints; }

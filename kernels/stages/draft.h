@@ -71,7 +71,6 @@ XL_FN void stage_draft(Team& team, const Params& p, const Dims& d, int rows) {
     if (team.thread() == 0) slot.n_drafts = count;
     rows -= count;
   }
-  team.sync();
 }
 
 }  // namespace xl

@@ -49,7 +49,7 @@ def test_without_arguments() -> None:
         (["mode=speculative_decode", "spec.block=8"], "speculative_decode", Ngram(block=8)),
         (["spec=oracle", "spec.mismatch_stride=0"], "speculative_decode", Oracle(mismatch_stride=0)),
         (["mode=forced_rejection", "spec.block=8"], "forced_rejection", Oracle(block=8)),
-        (["mode=forced_rejection", "spec.mismatch_stride=3"], "forced_rejection", Oracle(mismatch_stride=3)),
+        (["mode=forced_rejection", "spec.mismatch_stride=3"], "forced_rejection", Oracle(block=8, mismatch_stride=3)),
         (["experiment=quickstart", "mode=serial_decode"], "serial_decode", NoSpec()),
         (["experiment=forced_rejection_grid", "mode=speculative_decode"], "speculative_decode", Ngram()),
     ],

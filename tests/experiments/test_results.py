@@ -1,0 +1,50 @@
+"""Experiments: one folder a config and the other way round; committed results agree with what their pages say."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from xlpk.speculation import Oracle
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+TRAINING = {"tiny_model"}  # makes the model that ships; no run of the loop
+
+
+def rows(experiment: str) -> list[dict[str, str]]:
+    with (ROOT / "experiments" / experiment / "results" / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_for_each_config() -> None:
+    assert {path.parent.name for path in (ROOT / "experiments").glob("*/README.md")} == {*CONFIGS, *TRAINING}
+
+
+@pytest.mark.parametrize("experiment", CONFIGS)
+def test_a_page_asks_predicts_and_judges(experiment: str) -> None:
+    page = (ROOT / "experiments" / experiment / "README.md").read_text()
+    for word in ("Question", "Prediction", "Command", "Verdict"):
+        assert f"**{word}.**" in page
+    assert f"experiment={experiment}" in page
+    assert list((ROOT / "experiments" / experiment / "results").iterdir())
+
+
+def test_forced_rejections_are_the_closed_form() -> None:
+    found = rows("forced_rejection_grid")
+    assert len(found) == 9
+    for row in found:
+        spec = Oracle(block=int(row["spec.block"]), mismatch_stride=int(row["spec.mismatch_stride"]))
+        requests = int(row["requests/finished"])
+        n_output = int(row["requests/output_tokens"]) // requests
+        expected = tuple(requests * count for count in spec.expected(n_output))
+        assert tuple(int(row[f"spec/{name}"]) for name in ("verifications", "proposed", "accepted")) == expected
+
+
+def test_the_tiny_model_is_within_its_size() -> None:
+    sizes = json.loads((ROOT / "experiments" / "tiny_model" / "results" / "eval.json").read_text())
+    bits = sizes["bits_per_byte"]
+    assert bits["target"]["heldout"] < bits["compressors"]["xz_9e"]["after_training"]

@@ -1,0 +1,79 @@
+"""The compiled shim.cpp with arrays in and out."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlpk import layout
+from xlpk.toolchain import build_shared
+
+Array = np.ndarray[Any, Any]
+
+
+class Shim:
+    """shim.cpp built with the flags of the kernels and `extra_flags`."""
+
+    def __init__(self, cache: Path, extra_flags: Sequence[str] = ()) -> None:
+        build = build_shared(Path(__file__).with_name("shim.cpp"), cache, extra_flags=extra_flags)
+        self.dll = ctypes.CDLL(str(build.path))
+        self.dll.shim_sampling_value.restype = ctypes.c_float
+
+    def map(self, name: str, values: Array, result: Any = np.float32) -> Array:
+        """shim_<name> over a 1-D array."""
+        values = np.ascontiguousarray(values)
+        out = np.empty(values.size, result)
+        getattr(self.dll, f"shim_{name}")(_address(values), _address(out), ctypes.c_uint64(values.size))
+        return out
+
+    def sincos(self, position: Array, frequency: Array) -> tuple[Array, Array]:
+        position, frequency = position.astype(np.int32), frequency.astype(np.float64)
+        sine, cosine = np.empty(position.size, np.float32), np.empty(position.size, np.float32)
+        arrays = map(_address, (position, frequency, sine, cosine))
+        self.dll.shim_sincos(*arrays, ctypes.c_uint64(position.size))
+        return sine, cosine
+
+    def philox(self, counter: Array, key: int) -> Array:
+        """[n, 4] -> [n, 4]"""
+        words = np.array(counter, np.uint32, order="C")
+        self.dll.shim_philox(_address(words), ctypes.c_uint64(key), ctypes.c_uint64(len(words)))
+        return words
+
+    def gumbel(self, seed: int, positions: int, tokens: int) -> Array:
+        """[positions, tokens]"""
+        out = np.empty((positions, tokens), np.float32)
+        self.dll.shim_gumbel(ctypes.c_uint64(seed), positions, tokens, _address(out))
+        return out
+
+    def sampling_value(self, logit: float, temperature: float, seed: int, position: int, token: int) -> float:
+        floats = ctypes.c_float(logit), ctypes.c_float(temperature)
+        return float(self.dll.shim_sampling_value(*floats, ctypes.c_uint64(seed), position, token))
+
+    def pack(self, value: Array, token: Array) -> tuple[Array, Array]:
+        """(packed candidates, the tokens unpacked from them)"""
+        value, token = value.astype(np.float32), token.astype(np.int32)
+        packed, unpacked = np.empty(value.size, np.uint64), np.empty(value.size, np.int32)
+        arrays = map(_address, (value, token, packed, unpacked))
+        self.dll.shim_pack(*arrays, ctypes.c_uint64(value.size))
+        return packed, unpacked
+
+    def dot(self, w: Array, x: Array, *, plain: bool) -> Array:
+        """w [k] uint16 bits of bf16 or float32, x [count, k] -> [count]"""
+        kind = layout.WeightType.BF16 if w.dtype == np.uint16 else layout.WeightType.FP32
+        out = np.empty(len(x), np.float32)
+        self.dll.shim_dot(_address(w), int(kind), _address(x), x.shape[1], len(x), int(plain), _address(out))
+        return out
+
+
+def _address(array: Array) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def ulps(value: Array, exact: Array) -> Array:
+    """|value - exact| in units of the last place of float32 at `exact` (float64), subnormals included."""
+    exponent = np.maximum(np.frexp(exact)[1] - 24, -149)
+    return np.abs(value.astype(np.float64) - exact) / np.ldexp(1.0, exponent)

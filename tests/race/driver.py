@@ -1,0 +1,147 @@
+"""Run by test_race.py in a process with a sanitizer's runtime: sessions of 4 teams, used from 3 threads.
+
+    python driver.py LIBRARY CHECKPOINT ANSWERS.json OUT.json SCENARIO ...
+
+A scenario is ORCHESTRATION-PROPOSER, ORCHESTRATION-chaos: cancellations and a stop in mid-flight, or persistent-quiet:
+the host submits and does nothing else until the work must be done. ANSWERS: the right texts by request id, once known.
+OUT: by scenario and request id, [reason, tokens, (drafts, accepted) of each verification]; the reason of a request that
+the stop cut off is "". The step always has room for all drafts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import numpy as np
+
+from xlpk.backend import Event, Finished, Token
+from xlpk.backends import memory
+from xlpk.backends.cpu import CpuBackend, CpuLibrary
+from xlpk.kv import KV, KVPlan
+from xlpk.model import Model, load_model
+from xlpk.speculation import Ngram, NoSpec, Oracle
+from xlpk.toolchain import Build
+from xlpk.workload import Request
+
+SPECS = {
+    "none": NoSpec(),
+    "quiet": NoSpec(),
+    "ngram": Ngram(block=4),
+    "chaos": Ngram(block=4),
+    "oracle": Oracle(block=4, mismatch_stride=3),
+}
+MAX_LEN = 320
+VOCAB = 131
+
+
+def requests(answers: dict[str, list[int]]) -> list[Request]:
+    """Greedy and sampled ones; the first crosses an attention span, the others repeat themselves."""
+    rng = np.random.RandomState(0)
+    out = []
+    for i, (length, n) in enumerate(((258, 3), (7, 8), (19, 6), (1, 9), (12, 5))):
+        prompt = rng.randint(0, VOCAB, 5)[np.arange(length) % 5].tolist()
+        oracle = tuple(answers.get(str(i), ()))
+        out.append(Request(i, tuple(prompt), n, temperature=0.8 * (i % 2), seed=i, ignore_eos=True, oracle=oracle))
+    return out
+
+
+def small_tables() -> None:
+    """Scratch for a few rows, so that phases work in several tiles; rings that wrap around."""
+    floats, table = memory.scratch_floats, memory.buffer_table
+
+    def least(config: Any, limits: memory.Limits, *, warps: int) -> int:
+        return floats(config, memory.Limits(limits.max_num_seqs, 2, 1), warps=warps)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        buffers = table(*args, **kwargs)
+        sizes = {"events": 128, "step_records": 64, "submissions": 2, "cancels": 2, "cancelled": 2}
+        return buffers | {name: ((size,), buffers[name][1]) for name, size in sizes.items()}
+
+    memory.scratch_floats, memory.buffer_table = least, wrapped
+
+
+def serve(model: Model, library: CpuLibrary, scenario: str, answers: dict[str, list[int]]) -> dict[int, Any]:
+    orchestration, kind = scenario.split("-")
+    backend = CpuBackend(
+        cache=Path(),
+        library=library,
+        orchestration=orchestration,
+        threads=4,
+        max_num_seqs=3,
+        max_step_rows=24,
+        prefill_chunk=10,
+        spec=SPECS[kind],
+        spin_deadline_s=120.0,
+    )
+    backend.open(model, KVPlan.make(KV(budget="60pages", page_size=16), model.config, model.weights.dtype, MAX_LEN))
+    batch = requests(answers)
+    tokens: dict[int, list[int]] = {request.request_id: [] for request in batch}
+    verified: dict[int, list[tuple[int, int]]] = {request.request_id: [] for request in batch}
+    reasons: dict[int, str] = dict.fromkeys(tokens, "")
+    lock = threading.Lock()
+    give_up = time.monotonic() + 150
+    stop = threading.Event()
+
+    def producer(own: list[Request]) -> None:
+        """One producer of the ring at a time; both while the loop runs."""
+        for request in own:
+            while not stop.is_set():
+                with lock:
+                    if backend.submit(request):
+                        break
+                time.sleep(0.002)
+            if kind == "chaos" and request.request_id % 2:
+                with lock:
+                    backend.cancel(request.request_id)
+
+    def note(events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Token):
+                tokens[event.request_id].append(event.token)
+                if event.n_drafts >= 0:
+                    verified[event.request_id].append((event.n_drafts, event.n_accepted))
+            elif isinstance(event, Finished):
+                assert not reasons[event.request_id]
+                reasons[event.request_id] = event.reason
+
+    if kind == "quiet":
+        producer(batch)
+        time.sleep(1)
+    threads = [threading.Thread(target=producer, args=(batch[half::2],)) for half in (0, 1)]
+    for thread in threads if kind != "quiet" else []:
+        thread.start()
+    try:
+        enough = len(batch) - 2 if kind == "chaos" else len(batch)
+        while sum(map(bool, reasons.values())) < enough:
+            assert time.monotonic() < give_up, "too slow"
+            note(backend.poll())
+            time.sleep(0.001)
+    finally:
+        stop.set()
+        for thread in threads if kind != "quiet" else []:
+            thread.join()
+        backend.close()
+    return {i: [reasons[i], tokens[i], verified[i]] for i in tokens}
+
+
+def main() -> None:
+    path, checkpoint, answers_file, out, *scenarios = sys.argv[1:]
+    answers = json.loads(Path(answers_file).read_text()) if Path(answers_file).exists() else {}
+    small_tables()
+    library = CpuLibrary(Build(Path(path), "", "", 0.0, True))
+    model = load_model("race", Path(checkpoint))
+    assert model.config.vocab_size == VOCAB
+    done = {scenario: serve(model, library, scenario, answers) for scenario in scenarios}
+    Path(out).write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The kernels with real threads for a team's threads, under sanitizers: no report, the same tokens as the plain build.
+And planted faults, each of which must be found.
+
+What is proved is the logic and the C++ memory model of what every backend compiles; not warps, not a compiler for GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from race.driver import SPECS, requests
+
+from xlpk.speculation import Ngram, Oracle, Proposer
+from xlpk.toolchain import Build, build_cpu_library, find_cxx, kernels_folder
+from xlpk.workload import Request
+
+pytestmark = pytest.mark.heavy
+
+DRIVER = Path(__file__).with_name("driver.py")
+FOUND = 66  # exit status of a process whose sanitizer has something to report
+RACE = ("-DXL_RACE", "-O1", "-g")
+SANITIZERS = {  # name -> (flags, runtime to preload, options)
+    "thread": (("-fsanitize=thread",), "libtsan.so", {"TSAN_OPTIONS": f"exitcode={FOUND} halt_on_error=1"}),
+    "address": (
+        ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        "libasan.so",
+        {"ASAN_OPTIONS": f"detect_leaks=0:exitcode={FOUND}", "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={FOUND}"},
+    ),
+}
+KINDS = ("none", "ngram", "oracle", "chaos")
+SCENARIOS = [f"{orchestration}-{kind}" for orchestration in ("persistent", "launched") for kind in KINDS]
+
+
+def environment(sanitizer: str) -> dict[str, str]:
+    """Of a process that has the sanitizer's runtime; skips where there is none."""
+    _, runtime, options = SANITIZERS[sanitizer]
+    command = [*shlex.split(find_cxx()), f"-print-file-name={runtime}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(path).is_absolute():
+        pytest.skip(f"{find_cxx()} has no {runtime}")
+    env = {**os.environ, **options, "LD_PRELOAD": path}
+    tried = subprocess.run([sys.executable, "-c", "print(1)"], env=env, capture_output=True, text=True, check=False)
+    if tried.returncode != 0 or tried.stdout != "1\n":
+        pytest.skip(f"{runtime} cannot be preloaded here: {(tried.stderr.strip() or 'no output').splitlines()[0]}")
+    return env
+
+
+@dataclass
+class Run:
+    """What a process of the driver left behind."""
+
+    returncode: int
+    report: str
+    outputs: dict[str, dict[str, tuple[str, list[int], list[list[int]]]]]
+
+
+def drive(
+    build: Build, checkpoint: Path, folder: Path, answers: Path, scenarios: list[str], env: dict[str, str]
+) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "out.json"
+    command = [sys.executable, str(DRIVER), str(build.path), str(checkpoint), str(answers), str(out), *scenarios]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=400)
+    return Run(done.returncode, done.stderr, json.loads(out.read_text()) if out.exists() else {})
+
+
+@pytest.fixture(scope="module")
+def model_path(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("race")
+
+
+@pytest.fixture(scope="module")
+def answers(cache: Path, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The right texts by request id: the plain library, serially."""
+    folder = tmp_path_factory.mktemp("answers")
+    run = drive(build_cpu_library(cache), model_path, folder, folder / "none", ["persistent-none"], dict(os.environ))
+    assert run.returncode == 0, run.report
+    texts = {request_id: tokens for request_id, (_, tokens, _) in run.outputs["persistent-none"].items()}
+    (folder / "answers.json").write_text(json.dumps(texts))
+    return folder / "answers.json"
+
+
+def expected_verifications(spec: Proposer, request: Request, text: list[int]) -> list[list[int]]:
+    """[drafts, accepted] of each verification of a request with this output."""
+    done, out = 1, []
+    while done < len(text):
+        count = min(spec.block, len(text) - done) - 1
+        drafts: list[int] = []
+        if isinstance(spec, Ngram):
+            drafts = spec.propose([*request.prompt, *text[:done]], count)
+        elif isinstance(spec, Oracle):
+            wrong = [(done + j + 1) % spec.mismatch_stride == 0 for j in range(count)]
+            drafts = [-1 if wrong[j] else text[done + j] for j in range(count)]
+        accepted = next((j for j, draft in enumerate(drafts) if draft != text[done + j]), len(drafts))
+        out.append([len(drafts), accepted])
+        done += accepted + 1
+    return out
+
+
+def mistakes(run: Run, answers: Path) -> list[str]:
+    """Requests that ended by length must have the whole text by the right verifications; others a part of it."""
+    texts = json.loads(answers.read_text())
+    wrong = []
+    for scenario, outputs in run.outputs.items():
+        kind = scenario.split("-")[1]
+        for request in requests({}):
+            reason, tokens, verified = outputs[str(request.request_id)]
+            text = texts[str(request.request_id)]
+            where = f"{scenario} request {request.request_id} ({reason})"
+            if tokens != (text if reason == "length" else text[: len(tokens)]):
+                wrong.append(f"{where}: {tokens} instead of {text}")
+            if reason != "length" and kind != "chaos":
+                wrong.append(f"{where} instead of length")
+            expected = expected_verifications(SPECS[kind], request, text)
+            if reason == "length" and verified != expected:
+                wrong.append(f"{where}: verifications {verified} instead of {expected}")
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2)
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_no_report_and_the_same_tokens(
+    cache: Path, model_path: Path, answers: Path, tmp_path: Path, pool: ThreadPoolExecutor, sanitizer: str
+) -> None:
+    env = environment(sanitizer)
+    build = build_cpu_library(cache, extra_flags=(*RACE, *SANITIZERS[sanitizer][0]))
+    halves = SCENARIOS[: len(SCENARIOS) // 2], SCENARIOS[len(SCENARIOS) // 2 :]
+    runs = pool.map(lambda part: drive(build, model_path, tmp_path / part[0], answers, part, env), halves)
+    for run, scenarios in zip(runs, halves, strict=True):
+        assert run.returncode == 0, run.report[-6000:]
+        assert run.report == ""
+        assert list(run.outputs) == scenarios
+        assert mistakes(run, answers) == []
+        for scenario, outputs in run.outputs.items():
+            if scenario.endswith("chaos"):
+                assert "cancelled" in {reason for reason, *_ in outputs.values()}
+            if scenario.endswith(("ngram", "oracle")):
+                verified = [pair for _, _, pairs in outputs.values() for pair in pairs]
+                assert any(accepted > 0 for _, accepted in verified)
+            if scenario.endswith("oracle"):
+                assert any(accepted < drafts for drafts, accepted in verified)
+
+
+# ---------------------------------------------------------------------------------------------- planted faults
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One edit of a copy of the kernels, and a scenario that trips over it."""
+
+    file: str
+    old: str
+    new: str
+    scenario: str = "persistent-none"
+    sanitizer: str = "thread"
+
+
+ARRIVE = "add_release(&state->arrivals, 1);"
+RELAXED_ARRIVE = "__atomic_fetch_add(&state->arrivals, uint64_t(1), __ATOMIC_RELAXED);"
+AWAIT = "load_acquire(&state->arrivals) < target"
+RELAXED_AWAIT = "__atomic_load_n(&state->arrivals, __ATOMIC_RELAXED) < target"
+NORMED = """.store(out + size_t(r) * n + i, lane);
+  }
+  team.sync();"""
+TILE = "    team.sync();  // the next tile overwrites `{}`\n"
+
+
+def relaxed(store: str) -> str:
+    """store_release[_system](&word, value) without its release."""
+    word, value = store[store.index("(") + 1 : -2].split(", ", 1)
+    return f"__atomic_store_n({word}, {value}, __ATOMIC_RELAXED);"
+
+
+SUBMIT_TAIL = "store_release_system(&mailbox.submit_tail, tail + 1);"
+EVENT_TAIL = "store_release_system(&p.mailbox->event_tail, state.event_tail);"
+STEP_TAIL = "store_release_system(&p.mailbox->step_tail, state.step_tail);"
+PROMPT_HEAD = "store_release_system(&p.mailbox->prompt_head, state.prompt_head);"
+SUBMIT_HEAD = "store_release_system(&p.mailbox->submit_head, state.submit_head);"
+ISSUED = "store_release(&session->issued, next + 1);"
+COMPLETED = "store_release(&s.completed, next + 1);"
+
+FAULTS = {
+    "normed rows read before they are written": Fault("phases/norm.h", NORMED, NORMED.removesuffix("\n  team.sync();")),
+    "qkv: next tile too early": Fault("phases/qkv.h", TILE.format("normed"), ""),
+    "gate_up: next tile too early": Fault("phases/gate_up.h", TILE.format("normed"), ""),
+    "output: next tile too early": Fault("phases/output.h", TILE.format("merged"), ""),
+    "output: merged rows read before they are written": Fault(
+        "phases/output.h", "    }\n  }\n  team.sync();\n}", "    }\n  }\n}"
+    ),
+    "attend: scores read before they are written": Fault(
+        "phases/attend.h", "    });\n  team.warp_sync();\n", "    });\n"
+    ),
+    "attend: weights read before they are written": Fault(
+        "phases/attend.h", ": 0.0f;\n    team.warp_sync();\n", ": 0.0f;\n"
+    ),
+    "attend: scores overwritten too early": Fault(
+        "phases/attend.h", "  team.warp_sync();  // the next item overwrites `scores`\n", ""
+    ),
+    "grid barrier: arrives relaxed": Fault("sync.h", ARRIVE, RELAXED_ARRIVE),
+    "grid barrier: waits relaxed": Fault("sync.h", AWAIT, RELAXED_AWAIT),
+    "grid barrier: the team does not gather first": Fault(
+        "sync.h", "    ++epoch;\n    team_.sync();\n", "    ++epoch;\n"
+    ),
+    "idle: control rewrites the descriptor while others read it": Fault(
+        "persistent.h", "      if (!grid.sync(team)) return;  // nobody", "      // nobody"
+    ),
+    "draft: shared words reused too early": Fault(
+        "stages/draft.h",
+        "XL_FN int team_max(Team& team, int value) {\n  team.sync();\n",
+        "XL_FN int team_max(Team& team, int value) {\n",
+        "persistent-ngram",
+    ),
+    "scheduler: the ring moves on before the prompt is copied": Fault(
+        "stages/scheduler.h", "copy_prompt(team, p, slot_id);\n    team.sync();\n", "copy_prompt(team, p, slot_id);\n"
+    ),
+    "launched: the shared word is rewritten while it is read": Fault(
+        "cpu.cpp", "  team.sync();  // the shared word may still be read\n", "", "launched-none"
+    ),
+    "launched: a command is published before it is written": Fault("cpu.cpp", ISSUED, relaxed(ISSUED), "launched-none"),
+    "launched: a step is done before it is written": Fault("cpu.cpp", COMPLETED, relaxed(COMPLETED), "launched-none"),
+    "submissions published before they are written": Fault(
+        "cpu.cpp", SUBMIT_TAIL, relaxed(SUBMIT_TAIL), "persistent-quiet"
+    ),
+    "submissions given back before they are read": Fault(  # either head alone would hide it: the host reads both
+        "stages/scheduler.h",
+        f"{PROMPT_HEAD}\n    {SUBMIT_HEAD}",
+        f"{relaxed(PROMPT_HEAD)}\n    {relaxed(SUBMIT_HEAD)}",
+        "persistent-quiet",
+    ),
+    "events published before they are written": Fault(  # the tail of steps, written next, would hide it
+        "control.h", f"{EVENT_TAIL}\n    {STEP_TAIL}", f"{relaxed(EVENT_TAIL)}\n    {relaxed(STEP_TAIL)}"
+    ),
+    "steps published before they are written": Fault("control.h", STEP_TAIL, relaxed(STEP_TAIL)),
+    "a maximum without an atomic": Fault(
+        "phases/lm_head.h",
+        "max_relaxed(&p.best[2 * first + i], best[i]);",
+        "if (p.best[2 * first + i] < best[i]) p.best[2 * first + i] = best[i];",
+    ),
+    "one normed row too many": Fault("phases/norm.h", "r < count; r += Team::warps", "r <= count; r += Team::warps"),
+    "address: a row behind the last one": Fault(
+        "phases/embed.h",
+        "p.best[2 * r] = p.best[2 * r + 1] = 0;",
+        "p.best[2 * r] = p.best[2 * p.max_rows + 16] = 0;",
+        sanitizer="address",
+    ),
+}
+
+
+def plant(fault: Fault, folder: Path) -> Path:
+    """A copy of the kernels with the edit."""
+    shutil.copytree(kernels_folder(), folder)
+    file = folder / fault.file
+    text = file.read_text()
+    assert fault.old in text, f"{fault.file} no longer has this line: {fault.old}"
+    file.write_text(text.replace(fault.old, fault.new))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted(
+    model_path: Path,
+    answers: Path,
+    pool: ThreadPoolExecutor,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> dict[str, Future[Run]]:
+    """Every chosen fault, built and run in the background, two at a time."""
+    root = tmp_path_factory.mktemp("planted")
+    using = [item for item in request.session.items if "planted" in getattr(item, "fixturenames", ())]
+    chosen = [item.callspec.params["name"] for item in using]  # type: ignore[attr-defined]
+    environments = {sanitizer: environment(sanitizer) for sanitizer in {FAULTS[name].sanitizer for name in chosen}}
+
+    def work(number: int, fault: Fault) -> Run:
+        kernels = plant(fault, root / str(number) / "kernels")
+        flags = (*RACE, *SANITIZERS[fault.sanitizer][0])
+        build = build_cpu_library(root / str(number), extra_flags=flags, folder=kernels)
+        scenarios, env = [fault.scenario], environments[fault.sanitizer]
+        return drive(build, model_path, root / str(number), answers, scenarios, env)
+
+    return {name: pool.submit(work, number, FAULTS[name]) for number, name in enumerate(chosen)}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(planted: dict[str, Future[Run]], answers: Path, name: str) -> None:
+    """By a report, a wrong text or verification, or an aborted loop."""
+    run = planted[name].result()
+    if run.returncode == 0:
+        assert mistakes(run, answers) != [], "nothing noticed"
+    else:
+        known = "WARNING: ThreadSanitizer", "ERROR: AddressSanitizer", "runtime error", "the loop aborted"
+        assert any(word in run.report for word in known), run.report[-3000:]

@@ -1,0 +1,258 @@
+"""The control plane between two polls of the launched orchestration, held against a second version of its rules.
+
+After a poll the buffers hold the step that has just run and is not committed yet. `Audit` recomputes what that step had
+to be (drafts, rows, pages) from the slots' states, and checks the commit that the next poll publishes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xlpk import layout
+from xlpk.backend import Admitted, Event, Finished, StepDone, Token
+from xlpk.backends.cpu import CpuBackend
+from xlpk.speculation import Forced, Greedy, Ngram, NoSpec, Oracle
+
+PREFILL, DECODE = int(layout.SlotState.PREFILL), int(layout.SlotState.DECODE)
+
+
+@dataclass
+class Planned:
+    """What the step in flight was planned to be."""
+
+    record: dict[str, int]  # fields of its StepRecord that are known
+    drafts: dict[int, list[int]]  # by request id, of decoding requests
+    lengths: dict[int, int]  # output tokens before the step, by request id
+    computed: dict[int, int]  # tokens stored after the step but for accepted drafts, by request id
+    picks: dict[int, list[tuple[int, int]]]  # (keyed sample, argmax) of each row of decoding requests, by request id
+
+
+@dataclass
+class Audit:
+    """Call it with the events of every poll."""
+
+    backend: CpuBackend
+    planned: dict[int, Planned] = field(default_factory=dict)  # by step
+    admitted: list[int] = field(default_factory=list)  # request ids, in order
+    n_steps: int = 0
+    n_proposed: int = 0
+    n_accepted: int = 0
+    n_rejected: int = 0
+    drafts_cut: int = 0  # drafts that the row cap took away
+    chunks_cut: int = 0  # prompt tokens that the row cap took away
+    draft_pages: int = 0
+
+    def __call__(self, events: list[Event]) -> None:
+        self.admitted += [event.request_id for event in events if isinstance(event, Admitted)]
+        self.check_commits(events)
+        self.check_pages()
+        if self.memory("step")["n_rows"]:
+            self.check_plan()
+
+    def memory(self, name: str) -> Any:
+        assert self.backend._memory is not None
+        buffer = self.backend._memory[name]
+        return buffer[0] if name in ("state", "step", "mailbox", "record") else buffer
+
+    def running(self) -> list[tuple[int, Any]]:
+        """(slot, its record), oldest first."""
+        order = self.memory("order")[: self.memory("state")["n_order"]].tolist()
+        assert len(set(order)) == len(order)
+        return [(slot, self.memory("slots")[slot]) for slot in order]
+
+    def pages_for(self, tokens: int) -> int:
+        assert self.backend._plan is not None
+        return self.backend._plan.pages_for(tokens)
+
+    # ------------------------------------------------------------------------------------------ pages
+
+    def check_pages(self) -> None:
+        """Every page is free once or in one table once; nobody holds more than was reserved. Oldest requests first."""
+        ages = [self.admitted.index(int(s["request_id"])) for _, s in self.running()]
+        assert ages == sorted(ages)
+        state, total = self.memory("state"), self.memory("page_owner").size
+        expected = np.full(total, -1)
+        reserved = 0
+        for slot, s in self.running():
+            table = self.memory("page_table")[slot, : s["n_pages"]]
+            assert len(set(table.tolist())) == s["n_pages"]
+            assert (expected[table] == -1).all(), "two requests share a page"
+            expected[table] = slot
+            assert s["reserved_pages"] == self.pages_for(s["prompt_len"] + s["max_new_tokens"])
+            assert s["n_pages"] <= s["reserved_pages"]
+            reserved += s["reserved_pages"]
+        free = self.memory("free_pages")[: state["n_free_pages"]]
+        assert len(set(free.tolist())) == free.size
+        assert (expected[free] == -1).all(), "a free page is in a table"
+        assert free.size == (expected == -1).sum()
+        np.testing.assert_array_equal(self.memory("page_owner"), expected)
+        assert state["n_reserved_pages"] == reserved <= total
+        busy = {slot for slot, _ in self.running()}
+        for slot, s in enumerate(self.memory("slots")):
+            assert (s["state"] != int(layout.SlotState.FREE)) == (slot in busy)
+
+    # ------------------------------------------------------------------------------------------ the step
+
+    def chunk(self, s: Any) -> int:
+        return min(int(s["prompt_len"] - s["computed"]), self.backend.limits.prefill_chunk)
+
+    def propose(self, slot: int, s: Any, count: int) -> list[int]:
+        spec = self.backend.spec
+        tokens = self.memory("tokens")[slot, : s["length"]].tolist()
+        if isinstance(spec, Ngram):
+            return spec.propose(tokens, count)
+        if isinstance(spec, Oracle):
+            done = int(s["length"] - s["prompt_len"])
+            answers = self.memory("oracle")[slot, done : s["oracle_len"]].tolist()[:count]
+            stride, vocab = spec.mismatch_stride, self.backend._model.config.vocab_size
+            return [
+                (answer + 1) % vocab if stride > 0 and (done + j + 1) % stride == 0 else answer
+                for j, answer in enumerate(answers)
+            ]
+        assert isinstance(spec, NoSpec)
+        return []
+
+    def pick(self, row: int) -> tuple[int, int]:
+        """The step's (keyed sample, argmax) for a row; decode rows come first, so they are the first sampled ones."""
+        keyed, greedy = (0xFFFFFFFF - (int(word) & 0xFFFFFFFF) for word in self.memory("best")[row])
+        return keyed, greedy
+
+    def check_plan(self) -> None:
+        limits, step, running = self.backend.limits, self.memory("step"), self.running()
+        decoding = [(slot, s) for slot, s in running if s["state"] == DECODE]
+        prefilling = [(slot, s) for slot, s in running if s["state"] == PREFILL]
+        assert len(decoding) + len(prefilling) == len(running)
+        spare = max(0, limits.max_step_rows - len(decoding) - sum(self.chunk(s) for _, s in prefilling))
+        rows: list[tuple[int, int, int, bool]] = []  # slot, position, token, sampled
+        drafts_of: dict[int, list[int]] = {}
+        pages_draft = pages_locked = context = 0
+        computed: dict[int, int] = {}
+        picks: dict[int, list[tuple[int, int]]] = {}
+        for slot, s in decoding:
+            length = int(s["length"])
+            assert s["computed"] == length - 1
+            left = int(s["max_new_tokens"]) - (length - int(s["prompt_len"]))
+            wanted = max(0, min(self.backend.spec.block, left) - 1)
+            drafts = self.propose(slot, s, wanted)[:spare]
+            self.drafts_cut += len(self.propose(slot, s, wanted)) - len(drafts)
+            spare -= len(drafts)
+            assert s["drafts"][: s["n_drafts"]].tolist() == drafts
+            sequence = [int(self.memory("tokens")[slot, length - 1]), *drafts]
+            rows += [(slot, length - 1 + i, token, True) for i, token in enumerate(sequence)]
+            assert s["n_pages"] == self.pages_for(length + len(drafts))
+            pages_draft += int(s["n_pages"]) - self.pages_for(length)
+            pages_locked += int(s["n_pages"])
+            drafts_of[int(s["request_id"])] = drafts
+            context += length + len(drafts)
+            computed[int(s["request_id"])] = length
+            picks[int(s["request_id"])] = [self.pick(len(rows) - len(sequence) + i) for i in range(len(sequence))]
+        n_prefill = n_chunk_rows = 0
+        for slot, s in prefilling:
+            begin, count = int(s["computed"]), min(self.chunk(s), limits.max_step_rows - len(rows))
+            self.chunks_cut += self.chunk(s) - count
+            tokens = self.memory("tokens")[slot, begin : begin + count].tolist()
+            last = int(s["prompt_len"]) - 1
+            rows += [(slot, begin + i, token, begin + i == last) for i, token in enumerate(tokens)]
+            assert s["n_pages"] == self.pages_for(begin + count)
+            n_chunk_rows += count
+            n_prefill += count > 0
+            pages_locked += int(s["n_pages"]) if count else 0
+            context += begin + count if count else 0
+            computed[int(s["request_id"])] = begin + count
+        planned = self.memory("rows")[: step["n_rows"]]
+        assert [
+            (int(r["slot"]), int(r["position"]), int(r["token"]), bool(r["sample_row"] >= 0)) for r in planned
+        ] == rows
+        assert len(rows) <= limits.max_step_rows
+        sampled = [index for index, row in enumerate(rows) if row[3]]
+        assert self.memory("sample_rows")[: step["n_sample_rows"]].tolist() == sampled
+        assert planned["sample_row"][sampled].tolist() == list(range(len(sampled)))
+        n_drafts = sum(map(len, drafts_of.values()))
+        total, owned = self.memory("page_owner").size, sum(int(s["n_pages"]) for _, s in running)
+        record = {
+            "step": self.n_steps + 1,
+            "n_rows": len(rows),
+            "n_prefill_rows": n_chunk_rows,
+            "n_decode_rows": len(decoding),
+            "n_draft_rows": n_drafts,
+            "n_sample_rows": len(sampled),
+            "n_prefill": n_prefill,
+            "n_decode": len(decoding),
+            "n_waiting": int(self.memory("mailbox")["submit_tail"] - self.memory("state")["submit_head"]),
+            "pages_total": total,
+            "pages_free": total - owned,
+            "pages_draft": pages_draft,
+            "pages_active": owned - pages_draft,
+            "pages_locked": pages_locked,
+            "context_tokens": context,
+        }
+        self.n_steps += 1
+        self.n_proposed += n_drafts
+        self.draft_pages += pages_draft
+        lengths = {int(s["request_id"]): int(s["length"] - s["prompt_len"]) for _, s in running}
+        self.planned[int(step["step"])] = Planned(record, drafts_of, lengths, computed, picks)
+
+    # ------------------------------------------------------------------------------------------ the commit
+
+    def check_commits(self, events: list[Event]) -> None:
+        emitted: dict[tuple[int, int], list[Token]] = defaultdict(list)
+        ended: dict[tuple[int, int], str] = {}
+        for event in events:
+            if isinstance(event, Token):
+                emitted[event.step, event.request_id].append(event)
+            elif isinstance(event, Finished):
+                ended[event.step, event.request_id] = event.reason
+        n_tokens: dict[int, int] = defaultdict(int)
+        n_accepted: dict[int, int] = defaultdict(int)
+        stored = {step: dict(planned.computed) for step, planned in self.planned.items()}
+        for (step, request_id), tokens in emitted.items():
+            planned = self.planned[step]
+            first = planned.lengths[request_id]
+            assert [token.output_index for token in tokens] == list(range(first, first + len(tokens)))
+            n_tokens[step] += len(tokens)
+            drafts = planned.drafts.get(request_id)
+            if drafts is None:  # a prompt's last chunk
+                assert [(token.n_drafts, token.n_accepted) for token in tokens] == [(-1, -1)]
+                continue
+            assert tokens[0].n_drafts == len(drafts)
+            assert all((token.n_drafts, token.n_accepted) == (-1, -1) for token in tokens[1:])
+            n_accepted[step] += tokens[0].n_accepted
+            stored[step][request_id] += tokens[0].n_accepted
+            expected = self.verify(drafts, planned.picks[request_id], first)
+            accepted = len(expected) - 1
+            assert tokens[0].n_accepted == accepted
+            self.n_accepted += accepted
+            self.n_rejected += len(drafts) - accepted
+            text = [token.token for token in tokens]
+            assert text == expected[: len(text)]
+            assert len(text) == len(expected) or ended[step, request_id] in ("eos", "stop", "length")
+        for event in events:
+            if not isinstance(event, StepDone):
+                continue
+            planned = self.planned[event.step]
+            assert {name: event.values[name] for name in planned.record} == planned.record
+            assert event.values["n_tokens"] == n_tokens[event.step]
+            assert event.values["n_accepted"] == n_accepted[event.step]
+            over = [id for (step, id), reason in ended.items() if step == event.step and reason != "cancelled"]
+            assert event.values["n_finished"] == len(over)
+            live = [count for id, count in stored[event.step].items() if id not in over]
+            assert event.values["live_tokens"] == sum(live)
+            assert event.values["live_pages"] == sum(map(self.pages_for, live))
+            total = sum(event.values[f"pages_{kind}"] for kind in ("free", "active", "draft"))
+            assert total == event.values["pages_total"]
+
+    def verify(self, drafts: list[int], picks: list[tuple[int, int]], first: int) -> list[int]:
+        """The tokens of a verification: the drafts that hold, then one token of the target's own."""
+        policy = self.backend.acceptance
+        for n, draft in enumerate(drafts):
+            keyed, greedy = picks[n]
+            holds = draft == (greedy if isinstance(policy, Greedy) else keyed)
+            if isinstance(policy, Forced) and (first + n + 1) % policy.stride == 0:
+                holds = False
+            if not holds:
+                return [*drafts[:n], keyed]
+        return [*drafts, picks[len(drafts)][0]]
