@@ -86,7 +86,7 @@ def test_a_run_leaves_its_record_and_nothing_else(tmp_path: Path) -> None:
         "num_speculative_tokens": 3,
     }
     assert "=== request 3: completion" in (folder / "text.txt").read_text()
-    for text in ("time to first token", "tokens/s", "def fibonacci(n):", "folder: outputs/runs/"):
+    for text in ("time to first token", "tokens/s", "def read_file(path):", "folder: outputs/runs/"):
         assert text in done.stdout
 
 
