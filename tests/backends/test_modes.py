@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import make_case
 from drive import CACHE
 
 from xlpk.speculation import Oracle
@@ -132,6 +133,51 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     assert len(lines) == 1
     assert message in lines[0]
     assert not (tmp_path / "outputs" / "runs").exists() or not list((tmp_path / "outputs" / "runs").rglob("*.json"))
+
+
+def damage(folder: Path, kind: str) -> None:
+    """Breaks a good checkpoint."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    values = json.loads(config.read_text())
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "missing file":
+        weights.unlink()
+    elif kind == "missing tensor":
+        config.write_text(json.dumps({**values, "num_hidden_layers": values["num_hidden_layers"] + 1}))
+    elif kind == "wrong shape":
+        config.write_text(json.dumps({**values, "vocab_size": values["vocab_size"] + 1}))
+    elif kind == "unknown architecture":
+        config.write_text(json.dumps({**values, "architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+
+
+DAMAGES = {
+    "truncated": "truncated",
+    "missing file": "model.safetensors",
+    "missing tensor": "model.layers.2",
+    "wrong shape": "expected",
+    "unknown architecture": "LlamaForCausalLM",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, kind: str) -> None:
+    make_case(tmp_path / "model", "gqa")
+    arguments = ["model=hf", "model.path=model", "workload=synthetic", "tracking=none", "sampling.max_new_tokens=2"]
+    xlpk(tmp_path, *arguments)
+    shutil.rmtree(tmp_path / "outputs" / "runs")
+    damage(tmp_path / "model", kind)
+    done = xlpk(tmp_path, *arguments, code=2)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert DAMAGES[kind] in lines[0]
+    assert not (tmp_path / "outputs" / "runs").exists()
+
+
+def test_a_prompt_beyond_the_positions_is_one_line(tmp_path: Path) -> None:
+    done = xlpk(tmp_path, "workload=synthetic", "workload.prompt_len=1024", "tracking=none", code=2)
+    assert "1024 positions" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
