@@ -1,12 +1,15 @@
-# make run | test | test-all | lint | clean. Each makes .venv if there is none and installs what it needs.
+# make run | bench | test | test-all | lint | clean. Each makes .venv if there is none and installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: run test test-all lint clean
+.PHONY: run bench test test-all lint clean
 
 run: $(VENV)/.installed
 	$(PY) -m xlpk.run -m mode=serial_decode,speculative_decode
+
+bench: $(VENV)/.installed-peers
+	$(PY) -m xlpk.bench
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not heavy and not peers and not gpu"
@@ -20,7 +23,7 @@ lint: $(VENV)/.installed-dev
 	$(PY) -m mypy
 
 clean:
-	rm -rf outputs/cache outputs/oracle build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf outputs/cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

@@ -13,7 +13,8 @@
 namespace xl {
 
 // Thread 0. Ends the step that ran: its record was begun when it was planned.
-XL_FN void commit_step(const Grid& grid, const Params& p, int page_size, uint64_t now_ns) {
+template <class Dims>
+XL_FN void commit_step(const Grid& grid, const Params& p, const Dims& d, uint64_t now_ns) {
   LoopState& state = *p.state;
   StepRecord& record = *p.record;
   int kept = 0;
@@ -23,7 +24,7 @@ XL_FN void commit_step(const Grid& grid, const Params& p, int page_size, uint64_
     bool finished = false;
     if (slot.row_count > 0) {
       stage_spec_verify(p, slot);
-      finished = stage_commit(grid, p, page_size, slot_id, now_ns, record);
+      finished = stage_commit(grid, p, d, slot_id, now_ns, record);
     }
     if (!finished) {
       record.live_tokens += slot.computed;
@@ -47,7 +48,7 @@ XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t 
   LoopState& state = *p.state;
   Step& step = *p.step;
   StepRecord& record = *p.record;
-  step.n_rows = step.n_sample_rows = step.n_prefill_rows = step.n_decode_rows = step.n_draft_rows = 0;
+  step.n_rows = step.n_sample_rows = step.n_filter_rows = step.n_prefill_rows = step.n_decode_rows = step.n_draft_rows = 0;
   step.n_prefill = step.n_decode = 0;
   if (state.n_order == 0) return;
   record = StepRecord{};
@@ -89,8 +90,8 @@ template <class Team, class Dims>
 XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Dims& d) {
   LoopState& state = *p.state;
   const uint64_t now_ns = clock_ns();
-  if (team.thread() == 0 && p.step->n_rows > 0) commit_step(grid, p, d.page_size, now_ns);
-  stage_scheduler(team, grid, p, d.page_size, now_ns);
+  if (team.thread() == 0 && p.step->n_rows > 0) commit_step(grid, p, d, now_ns);
+  stage_scheduler(team, grid, p, d, now_ns);
   if (team.thread() == 0) {
     for (int i = 0; i < state.n_order; ++i) p.slots[p.order[i]].row_count = p.slots[p.order[i]].n_drafts = 0;
     p.step->leave = load_acquire_system(&p.mailbox->stop) != 0 ? 1 : 0;
@@ -103,7 +104,7 @@ XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Di
     if (draft_rows >= 0) plan_step(grid, p, d.page_size, now_ns);
     store_release_system(&p.mailbox->event_tail, state.event_tail);
     store_release_system(&p.mailbox->step_tail, state.step_tail);
-    state.phase_ns[int(Phase::kControl)] += uint32_t(clock_ns() - now_ns);
+    state.phase_ns[int(Phase::kControl)] += clock_ns() - now_ns;
   }
   team.sync();
 }

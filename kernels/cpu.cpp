@@ -64,6 +64,8 @@ void with_dims(const Session& s, Visit visit) {
   const bool wide = s.cache == WeightType::kFp32;
   if (s.weight == WeightType::kBf16) {
     wide ? call(RuntimeDims<bf16, float>{}) : call(RuntimeDims<bf16, bf16>{});
+  } else if (s.weight == WeightType::kFp16) {
+    wide ? call(RuntimeDims<f16, float>{}) : call(RuntimeDims<f16, bf16>{});
   } else {
     wide ? call(RuntimeDims<float, float>{}) : call(RuntimeDims<float, bf16>{});
   }
@@ -82,7 +84,24 @@ Grid make_grid(const Session& s, int team) {
   return Grid{s.params.grid, s.params.mailbox, team, s.teams, s.params.spin_deadline_ns, 0};
 }
 
+// Team t stays on the t-th core that the process may use, if there are as many teams as cores; fewer might meet another
+// process's on the same core, and more need the scheduler. The host's own thread is left alone.
+void pin_to_core(const Session& s, int team) {
+#if defined(__linux__) && !defined(XL_RACE)
+  cpu_set_t usable, one;
+  if (s.teams < 2 || sched_getaffinity(0, sizeof usable, &usable) != 0 || CPU_COUNT(&usable) != s.teams) return;
+  int core = 0;
+  for (int skipped = 0; core < CPU_SETSIZE && (!CPU_ISSET(core, &usable) || skipped++ < team);) ++core;
+  CPU_ZERO(&one);
+  CPU_SET(core, &one);
+  sched_setaffinity(0, sizeof one, &one);  // a refusal costs speed only
+#else
+  (void)s, (void)team;
+#endif
+}
+
 void run_persistent(Session& s, int team_id, int thread) {
+  pin_to_core(s, team_id);
   Team team = make_team(s, team_id, thread);
   Grid grid = make_grid(s, team_id);
   with_dims(s, [&](const auto& d) { persistent_loop(team, grid, s.params, d); });
@@ -108,6 +127,7 @@ bool wait_for_command(Session& s, Team& team, uint64_t next) {
 }
 
 void run_launched(Session& s, int team_id, int thread) {
+  pin_to_core(s, team_id);
   Team team = make_team(s, team_id, thread);
   Grid grid = make_grid(s, team_id);
   with_dims(s, [&](const auto& d) {
@@ -117,7 +137,7 @@ void run_launched(Session& s, int team_id, int thread) {
       run_phase(command.phase, team, grid, s.params, d, command.layer);
       if (!grid.sync(team)) return;
       if (team_id == 0 && thread == 0) {
-        s.params.state->phase_ns[int(command.phase)] += uint32_t(clock_ns() - begin);
+        s.params.state->phase_ns[int(command.phase)] += clock_ns() - begin;
         store_release(&s.completed, next + 1);
       }
     }
@@ -164,7 +184,7 @@ void xl_close(Session* session) {
 int32_t xl_submit(Session* session, const Submission* request, const int32_t* tokens) {
   const Params& p = session->params;
   Mailbox& mailbox = *p.mailbox;
-  const uint64_t count = uint64_t(request->prompt_len) + uint64_t(request->oracle_len);
+  const uint64_t count = ring_tokens(*request);
   const uint64_t tail = mailbox.submit_tail;
   if (tail - load_acquire_system(&mailbox.submit_head) >= uint64_t(p.submission_capacity)) return 0;
   if (session->prompt_tail + count - load_acquire_system(&mailbox.prompt_head) > uint64_t(p.prompt_capacity)) return 0;
@@ -187,9 +207,15 @@ int32_t xl_cancel(Session* session, uint64_t request_id) {
   return 1;
 }
 
-// Takes up to `most` events, oldest first; how many.
-int32_t xl_take_events(Session* session, Event* out, int32_t most) {
+// Takes up to `most` events, oldest first, and what lies beside them in `logprobs`; how many.
+int32_t xl_take_events(Session* session, Event* out, Logprobs* logprobs, int32_t most) {
   const Params& p = session->params;
+  const uint64_t head = p.mailbox->event_head, tail = load_acquire_system(&p.mailbox->event_tail);
+  if (uint64_t(most) > tail - head) most = int32_t(tail - head);
+  for (int32_t i = 0; i < most; ++i) {
+    const bool asked = ring_entry(p.events, p.event_capacity, head + uint64_t(i)).n_logprobs >= 0;
+    if (asked) logprobs[i] = ring_entry(p.logprobs, p.event_capacity, head + uint64_t(i));
+  }
   return ring_take(p.events, p.event_capacity, &p.mailbox->event_head, &p.mailbox->event_tail, out, most);
 }
 
@@ -243,7 +269,9 @@ void xl_fill_hash(void* out, uint64_t first, uint64_t count, uint32_t tensor, ui
       for (int j = 0; j < 4; ++j) values[b][j] = hashed_weight(words.w[j], scale);
     }
     const uint64_t left = count - done, n = left < 4 * kBlocks ? left : 4 * kBlocks;
-    if (WeightType(type) == WeightType::kBf16) {
+    if (WeightType(type) == WeightType::kFp16) {
+      for (uint64_t i = 0; i < n; ++i) static_cast<f16*>(out)[done + i] = to_f16(values[i / 4][i % 4]);
+    } else if (WeightType(type) == WeightType::kBf16) {
       for (uint64_t i = 0; i < n; ++i) static_cast<bf16*>(out)[done + i] = to_bf16(values[i / 4][i % 4]);
     } else {
       for (uint64_t i = 0; i < n; ++i) static_cast<float*>(out)[done + i] = values[i / 4][i % 4];

@@ -2,7 +2,7 @@
 
 #include "forward.h"
 
-extern __shared__ float xl_scratch[];
+extern __shared__ __align__(128) float xl_scratch[];
 
 #define XL_PHASE_KERNEL(name, id)                                                                                    \
   extern "C" __global__ void __launch_bounds__(xl::Team::threads, 1)                                                 \

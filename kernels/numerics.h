@@ -92,6 +92,16 @@ XL_FN bf16 to_bf16(float value) {
   return bf16{uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+// Nearest even; overflow gives infinity, NaN stays NaN.
+XL_FN f16 to_f16(float value) {
+  const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return f16{uint16_t(sign | 0x7e00u | ((size >> 13) & 0x1ffu))};
+  if (size >= 0x477ff000u) return f16{uint16_t(sign | 0x7c00u)};  // 65520 and up
+  // Below 2^-14 the last place is 2^-24, which is that of a float in [1/2, 1).
+  if (size < 0x38800000u) return f16{uint16_t(sign | (to_bits(from_bits(size) + 0.5f) - 0x3f000000u))};
+  return f16{uint16_t(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13))};
+}
+
 XL_FN void narrow(float value, float* to) { *to = value; }
 XL_FN void narrow(float value, bf16* to) { *to = to_bf16(value); }
 

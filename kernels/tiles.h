@@ -16,6 +16,14 @@ struct RowMajor {
   XL_FN const W* row(int n) const { return base + size_t(n) * size_t(k); }
 };
 
+// An output of a projection with its bias, where there is one.
+XL_FN float biased(float value, const float* bias, int n) { return bias ? value + bias[n] : value; }
+
+XL_FN void add_bias(float* values, const float* bias, int n, int count) {
+  if (bias)
+    for (int j = 0; j < count; ++j) values[j] = values[j] + bias[n + j];
+}
+
 // Calls sink(r, w . x[r]) for r < count. x: [count, stride]. The same bits for a row alone and among others.
 template <class Team, class W, class Sink>
 XL_FN void dot_rows(Team& team, const W* w, const float* x, int stride, int k, int count, Sink sink) {
@@ -33,28 +41,55 @@ XL_FN void dot_rows(Team& team, const W* w, const float* x, int stride, int k, i
   }
 }
 
-// Calls sink(r, a . x[r], b . x[r]).
+// values[m][j] = row(m, n + j) . x[r] for the R rows from `first` on and the units n + j, j < width.
+template <int M, int R, class Team, class Rows, class Sink>
+XL_FN void tile_rows(Team& team, Rows row, int n, int width, const float* x, int stride, int k, int first, Sink sink) {
+  constexpr int kTile = Team::tile, kBlock = Team::block;
+  float values[R][M][kTile];
+  for (int j = 0; j < width; j += kBlock)
+    for (int m = 0; m < M; ++m) {  // pairs block by block: tile by tile, one row of activations is a fifth slower
+      decltype(row(0, 0)) w[kBlock];
+      for (int b = 0; b < kBlock; ++b) w[b] = row(m, n + (j + b < width ? j + b : width - 1));
+      float out[kBlock][R];
+      team.template dot_block<kBlock, R>(w, x + size_t(first) * stride, stride, k, out);
+      for (int b = 0; b < kBlock; ++b)
+        for (int r = 0; r < R; ++r) values[r][m][j + b] = out[b][r];
+    }
+  for (int r = 0; r < R; ++r) sink(n, width, first + r, values[r]);
+}
+
+// Units begin .. end of M matrices against `count` rows of x: calls sink(n, width, r, values) with values[m][j] = row(m, n + j) .
+// x[r] for j < width <= Team::tile. row(m, n): where a row of weights starts. A tile of weights stays in the cache for all rows.
+template <int M, class Team, class Rows, class Sink>
+XL_FN void dot_tiles(Team& team, Rows row, int begin, int end, const float* x, int stride, int k, int count, Sink sink) {
+  constexpr int kTile = Team::tile, kRows = Team::rows;
+  static_assert(kTile % Team::block == 0, "a block never leaves its tile");
+  for (int n = begin; n < end; n += kTile) {
+    const int width = end - n < kTile ? end - n : kTile;
+    int r = 0;
+    for (; r + kRows <= count; r += kRows) tile_rows<M, kRows>(team, row, n, width, x, stride, k, r, sink);
+    if (kRows == 3 && r + 2 == count) {
+      tile_rows<M, 2>(team, row, n, width, x, stride, k, r, sink);
+      r += 2;
+    }
+    for (; r < count; ++r) tile_rows<M, 1>(team, row, n, width, x, stride, k, r, sink);
+  }
+}
+
+// Calls sink(n, r, matrix[n] . x[r]) for rows begin .. end of a matrix and r < count.
 template <class Team, class W, class Sink>
-XL_FN void dot_rows_pair(Team& team, const W* a, const W* b, const float* x, int stride, int k, int count, Sink sink) {
-  constexpr int kRows = 4;
-  int r = 0;
-  for (; r + kRows <= count; r += kRows) {
-    float out_a[kRows], out_b[kRows];
-    team.template dot<kRows>(a, x + size_t(r) * stride, stride, k, out_a);
-    team.template dot<kRows>(b, x + size_t(r) * stride, stride, k, out_b);
-    for (int j = 0; j < kRows; ++j) sink(r + j, out_a[j], out_b[j]);
-  }
-  for (; r < count; ++r) {
-    float out_a[1], out_b[1];
-    team.template dot<1>(a, x + size_t(r) * stride, stride, k, out_a);
-    team.template dot<1>(b, x + size_t(r) * stride, stride, k, out_b);
-    sink(r, out_a[0], out_b[0]);
-  }
+XL_FN void dot_each(Team& team, RowMajor<W> matrix, int begin, int end, const float* x, int stride, int k, int count,
+                    Sink sink) {
+  dot_tiles<1>(
+      team, [&](int, int n) { return matrix.row(n); }, begin, end, x, stride, k, count,
+      [&](int n, int width, int r, const auto& values) {
+        for (int j = 0; j < width; ++j) sink(n + j, r, values[0][j]);
+      });
 }
 
 enum class KvPart : int { kKey = 0, kValue = 1 };
 
-// [layers, pages, 2, num_key_value_heads, page_size, head_dim]: the tokens of one head in one page are contiguous.
+// [layers, pages, 2, num_key_value_heads, page_size, head_stride]: the tokens of one head in one page are contiguous.
 template <class Dims>
 struct KvPages {
   using Cache = typename Dims::Cache;
@@ -62,18 +97,21 @@ struct KvPages {
   const int32_t* table;  // pages of one slot
   const Dims& dims;
   size_t layer_begin;
+  int shift = 0;  // the page size is a power of two
 
   XL_FN KvPages(const Params& p, const Dims& d, int layer, int slot)
       : base(static_cast<Cache*>(p.kv)),
         table(p.page_table + size_t(slot) * size_t(p.max_slot_pages)),
         dims(d),
-        layer_begin(size_t(layer) * size_t(p.n_pages)) {}
+        layer_begin(size_t(layer) * size_t(p.n_pages)) {
+    while ((1 << shift) < d.page_size) ++shift;
+  }
 
-  // head_dim elements of one token.
+  // head_dim elements of one token, zeros up to head_stride.
   XL_FN Cache* at(int position, KvPart part, int head) const {
-    const size_t page = layer_begin + size_t(table[position / dims.page_size]);
+    const size_t page = layer_begin + size_t(table[position >> shift]);
     const size_t block = (page * 2 + size_t(part)) * size_t(dims.num_key_value_heads) + size_t(head);
-    return base + (block * size_t(dims.page_size) + size_t(position % dims.page_size)) * size_t(dims.head_dim);
+    return base + (block * size_t(dims.page_size) + size_t(position & (dims.page_size - 1))) * size_t(dims.head_stride);
   }
 };
 

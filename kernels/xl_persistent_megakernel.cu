@@ -2,7 +2,7 @@
 
 #include "persistent.h"
 
-extern __shared__ float xl_scratch[];
+extern __shared__ __align__(128) float xl_scratch[];
 
 extern "C" __global__ void __launch_bounds__(xl::Team::threads, 1) xl_persistent_megakernel(const __grid_constant__ xl::Params p) {
   xl::Team team = xl::this_team(xl_scratch);

@@ -36,6 +36,8 @@ def make_checkpoint(
     max_position_embeddings: int = 2048,
     tied: bool = False,
     dtype: str = "bfloat16",
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
     shards: int = 1,
     style: int = 4,
 ) -> Path:
@@ -45,8 +47,8 @@ def make_checkpoint(
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -68,13 +70,16 @@ def make_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
     rng = np.random.RandomState(seed)  # its stream is frozen (NEP 19); that of a Generator is not
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[dtype]
 
     def matrix(rows: int, columns: int, scale: float) -> np.ndarray:
         return (scale * rng.standard_normal((rows, columns))).astype(np.float32).astype(kind)
 
     def gain() -> np.ndarray:
         return rng.uniform(0.5, 1.5, hidden_size).astype(np.float32).astype(kind)
+
+    def bias(rows: int) -> np.ndarray:
+        return rng.standard_normal(rows).astype(np.float32).astype(kind)
 
     queries, keys = num_attention_heads * head_dim, num_key_value_heads * head_dim
     unit = 1 / math.sqrt(hidden_size)  # a normed row in, variance 1 out
@@ -92,6 +97,9 @@ def make_checkpoint(
             at + "mlp.up_proj.weight": matrix(intermediate_size, hidden_size, unit),
             at + "mlp.down_proj.weight": matrix(hidden_size, intermediate_size, 1 / math.sqrt(intermediate_size)),
         }
+        for block, has_bias in (("self_attn", attention_bias), ("mlp", mlp_bias)):
+            for name in [name for name in tensors if has_bias and name.startswith(at + block + ".")]:
+                tensors[name.replace(".weight", ".bias")] = bias(len(tensors[name]))
     tensors["model.norm.weight"] = gain()
     if not tied:
         tensors["lm_head.weight"] = matrix(vocab_size, hidden_size, 3 * unit)
@@ -169,4 +177,16 @@ CASES: dict[str, dict[str, Any]] = {
     "small_theta": _case(96, 224, 2, 2, 1, rope_theta=100.0, vocab_size=1000, rms_norm_eps=1e-6),
     "sharded": _case(256, 512, 4, 8, 4, shards=3),
     "one_head": _case(32, 32, 1, 1, 1, vocab_size=33, shards=2, dtype="float32"),
+    "fp16": _case(192, 416, 2, 4, 2, dtype="float16"),
+    "fp16_head128": _case(128, 352, 2, 2, 1, head_dim=128, dtype="float16", tied=True, style=5, shards=2),
+    "attention_bias": _case(160, 352, 2, 4, 2, attention_bias=True),
+    "biases_fp16": _case(128, 288, 2, 4, 1, attention_bias=True, mlp_bias=True, dtype="float16", style=5),
+    "head80": _case(160, 352, 2, 4, 2, head_dim=80, rope_theta=1000.0),
+    "head80_mha_fp32": _case(96, 224, 2, 2, 2, head_dim=80, dtype="float32", tied=True, mlp_bias=True),
+    "head96": _case(192, 352, 2, 3, 1, head_dim=96, dtype="float16", vocab_size=771),
+    "linear_rope": _case(128, 352, 2, 4, 2, rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=100.0),
+    "linear_rope_style5": _case(
+        160, 288, 2, 2, 1, head_dim=80, rope_scaling={"rope_type": "linear", "factor": 1.5}, rope_theta=1000.0, style=5
+    ),
+    "dynamic_rope": _case(128, 352, 2, 4, 2, rope_scaling={"type": "dynamic", "factor": 2.0}, rope_theta=1000.0),
 }

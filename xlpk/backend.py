@@ -34,6 +34,8 @@ class Token(NamedTuple):
     output_index: int  # 0 for the first output token
     n_drafts: int  # first token of a verification: drafts verified (0: none); else -1
     n_accepted: int  # likewise, accepted
+    logprob: float | None = None  # of the token, where logprobs are asked for: by the model's own logits
+    top_logprobs: tuple[tuple[int, float], ...] | None = None  # (token id, logprob), most likely first
 
 
 class Finished(NamedTuple):
@@ -43,7 +45,7 @@ class Finished(NamedTuple):
     step: int
     device_ns: int
     host_ns: int
-    reason: str  # eos stop length cancelled error
+    reason: str  # eos stop target length cancelled error
     n_output: int
 
 

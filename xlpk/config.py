@@ -35,7 +35,7 @@ from xlpk.settings import (
     Settings,
 )
 from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
-from xlpk.workload import Prompts, Sampling, Synthetic, check_sampling
+from xlpk.workload import Prompts, Sampling, Synthetic, check_sampling, is_text
 
 PACKAGE = "xlpk.conf"
 GROUPS: dict[str, tuple[type, ...]] = {
@@ -45,6 +45,9 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "workload": (Prompts, Synthetic),
     "tracking": (MlflowTracking, NoTracking),
 }
+WHOLE: dict[str, type] = {  # nodes of one class
+    "mode": Mode, "kv": KV, "model": ModelChoice, "sampling": Sampling, "scheduler": Scheduler, "run": Run,
+}  # fmt: skip
 MAX_NGRAM = 8  # tokens
 UNKNOWN = "..."  # a value that Hydra does not hand on
 
@@ -115,6 +118,7 @@ def validate(cfg: DictConfig) -> Settings:
     for name in resolved:
         if name not in {item.name for item in fields(Config)}:
             raise InputError(str(name), resolved[name], f"no such group; there are {', '.join(groups())}")
+    _check_texts("", resolved)
     _check_nodes(config)
     _check_numbers(config)
     check_sampling(config.sampling, layout.MAX_STOP_IDS)
@@ -137,7 +141,20 @@ def validate(cfg: DictConfig) -> Settings:
     )
 
 
+def _check_texts(key: str, value: Any) -> None:
+    """Bytes of the command line that are no UTF-8 arrive as lone surrogates, which no file of a run can hold."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_texts(f"{key}.{name}" if key else str(name), inner)
+            _check_texts(key, name)
+    elif isinstance(value, str) and not is_text(value):
+        raise InputError(key, ascii(value), "a text in UTF-8")
+
+
 def _check_nodes(config: Config) -> None:
+    for name, whole in WHOLE.items():
+        if not isinstance(getattr(config, name), whole):
+            raise InputError(name, _short(getattr(config, name)), f"an option or keys: {name}.KEY=VALUE")
     for group, nodes in GROUPS.items():
         node: Any = getattr(config, group)
         if type(node) not in nodes:
@@ -149,7 +166,15 @@ def _check_nodes(config: Config) -> None:
     _one_of("backend.orchestration", config.backend.orchestration, ORCHESTRATIONS)
     if config.model.name == "hf" and not config.model.path:
         raise InputError("model.path", "null", "a folder with config.json and safetensors files: model.path=FOLDER")
-    _one_of("model.dtype", config.model.dtype, ("auto", "bf16", "fp32"))
+    if config.model.name != "hf" and config.model.path:
+        raise InputError(
+            "model.path", config.model.path, f"model=hf takes a path; model={config.model.name} has its own"
+        )
+    if config.model.seed and config.model.name in ("hf", "tiny"):
+        raise InputError(
+            "model.seed", config.model.seed, f"hash weights take a seed; model={config.model.name} has none"
+        )
+    _one_of("model.dtype", config.model.dtype, ("auto", "bf16", "fp16", "fp32"))
     _one_of("kv.dtype", config.kv.dtype, ("auto", "bf16", "fp32"))
     if not config.run.outputs:
         raise InputError("run.outputs", "''", "a folder")
@@ -159,7 +184,7 @@ def _check_nodes(config: Config) -> None:
 
 def _check_numbers(config: Config) -> None:
     _between("backend.threads", config.backend.threads, 0, 1024)
-    _between("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 1, 1024)
+    _between("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 1, 512)
     _between("scheduler.max_step_rows", config.scheduler.max_step_rows, 1, 512)
     _between("scheduler.prefill_chunk", config.scheduler.prefill_chunk, 1, 1 << 20)
     _between("run.warmup_steps", config.run.warmup_steps, 0, 1 << 20)
@@ -208,6 +233,13 @@ def _check_mode(config: Config) -> tuple[NoSpec | Ngram | Oracle, list[str]]:
             raise InputError("spec", spec.name, "mode=forced_rejection takes oracle, mode=speculative_decode ngram")
         if spec.mismatch_stride == 0 and not isinstance(config.acceptance, Forced):
             raise InputError("spec.mismatch_stride", 0, "at least 1 in mode=forced_rejection: 0 rejects nothing")
+        if (
+            spec.mismatch_stride
+            and spec.mismatch_stride % spec.block == 0
+            and not isinstance(config.acceptance, Forced)
+        ):
+            why = "every mismatch but a request's first meets the token that no draft gives"
+            return spec, [f"spec.block={spec.block} divides spec.mismatch_stride={spec.mismatch_stride}: {why}"]
     return spec, []
 
 
@@ -256,7 +288,7 @@ def _explain(error: Exception) -> InputError:
     if "Ambiguous value" in text or "requires --multirun" in text:
         typed = text.split("'")[1] if "'" in text else text
         return InputError("command line", _short(typed), "one value, or -m for a sweep; a list goes in [ ]")
-    return InputError("command line", _short(text), "see python -m xlpk.run --help")
+    return InputError("command line", _short(text or "an override without a key"), "see python -m xlpk.run --help")
 
 
 def _from_omegaconf(error: OmegaConfBaseException) -> InputError:
@@ -280,4 +312,5 @@ def _suggest(typed: str, known: list[str]) -> str:
     return f"{guess}one of {', '.join(sorted(known))}"
 
 
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+# The last three: Hydra on a list or a number where a group's option belongs, and on an override without a key.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, TypeError, AssertionError, AttributeError)

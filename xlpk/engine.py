@@ -22,6 +22,7 @@ from xlpk.kv import KVPlan
 from xlpk.model import SHAPES, Model
 from xlpk.settings import Settings
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Oracle, Proposer
+from xlpk.stopping import StopMatcher
 from xlpk.weights import Fill
 from xlpk.workload import Request
 
@@ -50,9 +51,10 @@ class EventLog:
             self.flush()
 
     def flush(self) -> None:
-        self._file.write("".join(json.dumps(record, separators=(",", ":")) + "\n" for record in self._buffer))
+        text = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in self._buffer)
+        self._buffer.clear()  # first: what a full disk refuses stays in the file's own buffer, and must not come twice
+        self._file.write(text)
         self._file.flush()
-        self._buffer.clear()
         self._flushed_s = time.monotonic()
 
     def __enter__(self) -> EventLog:
@@ -64,8 +66,11 @@ class EventLog:
         status = "FINISHED" if error is None else "FAILED"
         reason = {} if kind is None else {"error": f"{kind.__name__}: {error}"}
         self.add("end", status=status, host_ns=time.monotonic_ns(), **reason)
-        self.flush()
-        self._file.close()
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():  # the first one says why
+            try:
+                self.flush()
+            finally:
+                self._file.close()
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Outcome:
     outputs: dict[int, list[int]] = field(default_factory=dict)  # request id -> output tokens
     reasons: dict[int, str] = field(default_factory=dict)  # request id -> why it finished
     report: BackendReport = field(default_factory=BackendReport)
+    texts: dict[int, str] = field(default_factory=dict)  # request id -> output up to its stop string
     first_step_s: float | None = None  # monotonic time of the first step that the host saw
 
 
@@ -127,14 +133,18 @@ def serve(
     try:
         backend.open(model, plan)
         _calibrate(backend, log)
-        session = _Session(backend, log, outcome)
+        matchers = {r.request_id: StopMatcher(model.tokenizer, r.stop) for r in requests if r.stop}
+        session = _Session(backend, log, outcome, matchers)
         warmup = _warmup_request(settings, requests)
         if warmup is not None:
             session.warm_up(warmup)
         session.measure(requests, progress)
+        failed = [request_id for request_id, reason in outcome.reasons.items() if reason == "error"]
+        if failed:
+            which = f"{len(failed)} of {len(requests)} requests, the first is {failed[0]}"
+            raise BackendError(f"every logit was NaN ({which}): are the model's weights finite?")
     finally:
-        log.tick()
-        outcome.report = backend.close()
+        outcome.report = backend.close()  # before the log: a disk that is full must not keep the threads
         log.add("counters", **{k: v for k, v in asdict(outcome.report).items() if k != "details"})
 
 
@@ -167,17 +177,24 @@ def _warmup_request(settings: Settings, requests: list[Request]) -> Request | No
     count = min(settings.run.warmup_steps, first.max_new_tokens)
     answers = first.oracle[:count]
     return replace(
-        first, request_id=len(requests), max_new_tokens=count, stop_token_ids=(), ignore_eos=True, oracle=answers
+        first,
+        request_id=len(requests),
+        max_new_tokens=count,
+        stop_token_ids=(),
+        target=(),
+        ignore_eos=True,
+        oracle=answers,
     )
 
 
 class _Session:
     """An open backend: polls it, and keeps what the log and the caller need."""
 
-    def __init__(self, backend: Backend, log: EventLog, outcome: Outcome) -> None:
+    def __init__(self, backend: Backend, log: EventLog, outcome: Outcome, matchers: dict[int, StopMatcher]) -> None:
         self.backend = backend
         self.log = log
         self.outcome = outcome
+        self.matchers = matchers  # request id -> who watches for its stop strings
         self.warmup_id: int | None = None
         self.warmup_step: int | None = None  # last step of the warm-up, once it is known
         self.last_step = 0  # last step whose record was seen
@@ -233,7 +250,28 @@ class _Session:
         if not events:
             time.sleep(IDLE_S)
 
+    def _stop(self, event: Token | Finished) -> Token | Finished | None:
+        """The event as stop strings leave it: tokens behind one are dropped, the end that follows is a stop."""
+        stopped = event.request_id in self.outcome.texts
+        if isinstance(event, Finished):
+            n_output = len(self.outcome.outputs.get(event.request_id, []))
+            return event._replace(reason="stop", n_output=n_output) if stopped else event
+        if stopped:
+            self.log.add("overrun", request_id=event.request_id, step=event.step, host_ns=event.host_ns)
+            return None
+        matcher = self.matchers.get(event.request_id)
+        text = matcher.push(event.token) if matcher is not None else None
+        if text is not None:
+            self.outcome.texts[event.request_id] = text
+            self.backend.cancel(event.request_id)
+        return event
+
     def _take(self, event: Event) -> None:
+        if isinstance(event, Token | Finished):
+            heard = self._stop(event)
+            if heard is None:
+                return
+            event = heard
         match event:
             case StepDone():
                 self.last_step = max(self.last_step, event.step)
@@ -259,7 +297,7 @@ class _Session:
                 else:
                     self.outcome.reasons[event.request_id] = event.reason
         mark = {"warmup": True} if event.request_id == self.warmup_id else {}
-        self.log.add(name, **event._asdict(), **mark)
+        self.log.add(name, **{key: value for key, value in event._asdict().items() if value is not None}, **mark)
 
 
 def _calibrate(backend: Backend, log: EventLog) -> None:

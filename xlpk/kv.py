@@ -19,12 +19,12 @@ class KV:
 
     budget: str = "64MiB"  # `64MiB`, `1.5GiB` or `4096pages`
     page_size: int = 16  # tokens; divides 256
-    dtype: str = "auto"  # auto (the model's), bf16, fp32
+    dtype: str = "auto"  # auto (the model's; bf16 for fp16 weights), bf16, fp32
 
 
 @dataclass(frozen=True)
 class KVPlan:
-    """How KV is laid out: [layers, pages, 2, num_key_value_heads, page_size, head_dim]."""
+    """How KV is laid out: [layers, pages, 2, num_key_value_heads, page_size, head_stride]."""
 
     pages: int
     page_size: int  # tokens
@@ -51,10 +51,10 @@ class KVPlan:
             raise InputError(
                 "kv.page_size", kv.page_size, f"a divisor of {ATTENTION_SPAN}: 1, 2, 4, ... {ATTENTION_SPAN}"
             )
-        dtype = weight_dtype if kv.dtype == "auto" else kv.dtype
+        dtype = {"fp16": "bf16"}.get(weight_dtype, weight_dtype) if kv.dtype == "auto" else kv.dtype
         if dtype not in _ELEMENT_BYTES:
             raise InputError("kv.dtype", kv.dtype, "one of auto, bf16, fp32")
-        values = 2 * model.num_hidden_layers * model.num_key_value_heads * kv.page_size * model.head_dim
+        values = 2 * model.num_hidden_layers * model.num_key_value_heads * kv.page_size * model.head_stride
         page_bytes = values * _ELEMENT_BYTES[dtype]
         if match := re.fullmatch(r"\s*(\d+)\s*pages\s*", kv.budget):
             pages = int(match[1])

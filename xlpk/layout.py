@@ -21,12 +21,18 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "kAttentionSpan": (256, "keys an attention partial covers; absolute positions; the page size divides it"),
     "kMaxBlock": (16, "most tokens one verify step may emit: 15 drafts and the bonus token"),
     "kMaxStopIds": (8, "stop token ids a request may carry"),
+    "kMaxLogprobs": (20, "most likely tokens that are published beside a token, at most"),
+    "kMaxTarget": (16, "token ids of a target at most"),
+    "kMaxBias": (1024, "logit biases of a request at most"),
     "kLine": (128, "bytes between words that different agents write"),
 }
 VIRTUAL_LANES = CONSTANTS["kVirtualLanes"][0]
 ATTENTION_SPAN = CONSTANTS["kAttentionSpan"][0]
 MAX_BLOCK = CONSTANTS["kMaxBlock"][0]
 MAX_STOP_IDS = CONSTANTS["kMaxStopIds"][0]
+MAX_LOGPROBS = CONSTANTS["kMaxLogprobs"][0]
+MAX_TARGET = CONSTANTS["kMaxTarget"][0]
+MAX_BIAS = CONSTANTS["kMaxBias"][0]
 
 
 @dataclass(frozen=True)
@@ -46,16 +52,18 @@ PHASES: tuple[Phase, ...] = (
     Phase("gate_up", "layer", "norm, gate and up projections, SiLU"),
     Phase("down", "layer", "down projection, residual"),
     Phase("lm_head", "step", "final norm, logits, keyed sampling as a running maximum"),
+    Phase("filter", "step", "rows with top-k, top-p, min-p or logprobs only: threshold, keyed maximum of what is kept"),
     Phase("control", "step", "one team: verify, commit, publish, admit, draft, plan the next step"),
 )
 PHASE_NAMES: tuple[str, ...] = tuple(phase.name for phase in PHASES)
 
 
 class WeightType(enum.IntEnum):
-    """Storage type of matrices and of KV pages."""
+    """Storage type of matrices, and of KV pages (never FP16)."""
 
     BF16 = 0
     FP32 = 1
+    FP16 = 2
 
 
 class SlotState(enum.IntEnum):
@@ -79,6 +87,7 @@ class FinishReason(enum.IntEnum):
     LENGTH = 3
     CANCELLED = 4
     ERROR = 5
+    TARGET = 6
 
 
 class Proposer(enum.IntEnum):
@@ -167,7 +176,8 @@ DIMS = Record(
         ("num_hidden_layers", "i32", "layers"),
         ("num_attention_heads", "i32", "query heads"),
         ("num_key_value_heads", "i32", "divides num_attention_heads"),
-        ("head_dim", "i32", "64 or 128"),
+        ("head_dim", "i32", "multiple of 16"),
+        ("head_stride", "i32", "head_dim up to a multiple of 32: how q, pages and partials hold a head"),
         ("page_size", "i32", "tokens a KV page holds; divides 256"),
         ("rms_norm_eps", "f32", ""),
     ),
@@ -175,7 +185,7 @@ DIMS = Record(
 
 LAYER_WEIGHTS = Record(
     "LayerWeights",
-    "One layer. Matrices are row-major [out, in] in the storage type of the model; norm vectors are float.",
+    "One layer. Matrices are row-major [out, in] in the storage type of the model; norm vectors and biases are float.",
     (
         ("input_layernorm", "const float*", "[hidden_size]"),
         ("q_proj", "const void*", "[num_attention_heads * head_dim, hidden_size]"),
@@ -186,6 +196,13 @@ LAYER_WEIGHTS = Record(
         ("gate_proj", "const void*", "[intermediate_size, hidden_size]"),
         ("up_proj", "const void*", "[intermediate_size, hidden_size]"),
         ("down_proj", "const void*", "[hidden_size, intermediate_size]"),
+        ("q_bias", "const float*", "[num_attention_heads * head_dim]; null: none"),
+        ("k_bias", "const float*", "[num_key_value_heads * head_dim]; null: none"),
+        ("v_bias", "const float*", "[num_key_value_heads * head_dim]; null: none"),
+        ("o_bias", "const float*", "[hidden_size]; null: none"),
+        ("gate_bias", "const float*", "[intermediate_size]; null: none"),
+        ("up_bias", "const float*", "[intermediate_size]; null: none"),
+        ("down_bias", "const float*", "[hidden_size]; null: none"),
     ),
 )
 
@@ -197,11 +214,25 @@ SUBMISSION = Record(
         ("prompt_begin", "u64", "running index of its first token in the prompt ring"),
         ("seed", "u64", "key of its sampling noise"),
         ("prompt_len", "i32", "tokens, >= 1"),
-        ("oracle_len", "i32", "right answers that follow the prompt in the prompt ring; 0 if none"),
+        (
+            "oracle_len",
+            "i32",
+            "right answers behind the prompt in the prompt ring; n_bias pairs (id, float) follow",
+        ),
         ("max_new_tokens", "i32", ">= 1; prompt_len + max_new_tokens <= Params.max_len"),
         ("ignore_eos", "i32", "0 or 1; end-of-sequence ids are not stop ids, they are Params.eos_ids"),
         ("n_stop_ids", "i32", "0..kMaxStopIds"),
         ("temperature", "f32", "0: greedy"),
+        ("top_k", "i32", "0: off"),
+        ("top_p", "f32", "1: off"),
+        ("min_p", "f32", "0: off"),
+        ("repetition_penalty", "f32", "1: off"),
+        ("presence_penalty", "f32", "0: off"),
+        ("frequency_penalty", "f32", "0: off"),
+        ("n_logprobs", "i32", "0..kMaxLogprobs most likely tokens to publish beside each token; -1: none"),
+        ("n_bias", "i32", "logit biases"),
+        ("n_target", "i32", "0..kMaxTarget; 0: none"),
+        ("target", "i32[16]", "token ids; the request ends when its output ends with them"),
         ("stop_ids", "i32[8]", "token ids that end the output; the token itself is part of it"),
     ),
 )
@@ -218,7 +249,21 @@ EVENT = Record(
         ("output_index", "i32", "TOKEN: 0 for the first output token; FINISHED: number of output tokens"),
         ("reason", "i32", "FINISHED: FinishReason"),
         ("n_drafts", "i32", "first TOKEN of a verification: drafts verified; else -1"),
-        ("n_accepted", "i32", "first TOKEN of a verification: drafts accepted; else -1"),
+        ("n_accepted", "i32", "likewise, accepted; the last token of an output is not counted"),
+        ("n_logprobs", "i32", "TOKEN: -1, or Params.logprobs has an entry at the same place of the ring"),
+        ("reserved", "i32", "0"),
+    ),
+)
+
+LOGPROBS = Record(
+    "Logprobs",
+    "Log-probabilities of the model's own logits at one position, before bias, penalties and temperature.",
+    (
+        ("n", "i32", "valid entries of ids and values; -1: none were asked for"),
+        ("token", "f32", "of the token that was emitted"),
+        ("log_sum", "f32", "log of the sum of exp(logit)"),
+        ("ids", "i32[20]", "most likely first; ties by id"),
+        ("values", "f32[20]", ""),
     ),
 )
 
@@ -244,11 +289,11 @@ STEP_RECORD = Record(
         ("pages_free", "i32", "while the step ran"),
         ("pages_active", "i32", "hold or will hold committed tokens"),
         ("pages_draft", "i32", "hold unverified tokens only"),
-        ("pages_locked", "i32", "part of active and draft that a row of the step refers to"),
+        ("pages_locked", "i32", "part of active that belongs to requests with rows in the step"),
         ("context_tokens", "i32", "tokens whose K and V the step had to read, once a request, its own rows included"),
         ("live_tokens", "i32", "committed tokens whose K and V are stored, after the step"),
         ("live_pages", "i32", "pages that hold them, after the step"),
-        ("phase_ns", f"u32[{len(PHASES)}]", "device time a phase took, barrier included, summed over layers"),
+        ("phase_ns", f"u64[{len(PHASES)}]", "device time a phase took, barrier included, summed over layers"),
     ),
 )
 
@@ -271,6 +316,7 @@ STEP = Record(
         ("begin_ns", "u64", "device clock when it was planned"),
         ("n_rows", "i32", "0: nothing to do"),
         ("n_sample_rows", "i32", ""),
+        ("n_filter_rows", "i32", "sampled rows of slots that are filtered; 0: the filter phase is left out"),
         ("n_prefill_rows", "i32", ""),
         ("n_decode_rows", "i32", ""),
         ("n_draft_rows", "i32", ""),
@@ -293,7 +339,20 @@ SLOT = Record(
         ("max_new_tokens", "i32", ""),
         ("ignore_eos", "i32", ""),
         ("n_stop_ids", "i32", ""),
-        ("temperature", "f32", ""),
+        ("temperature", "f32", "0: greedy"),
+        ("top_k", "i32", "0: off"),
+        ("top_p", "f32", "1: off"),
+        ("min_p", "f32", "0: off"),
+        ("repetition_penalty", "f32", "1: off"),
+        ("presence_penalty", "f32", "0: off"),
+        ("frequency_penalty", "f32", "0: off"),
+        ("n_logprobs", "i32", "0..kMaxLogprobs most likely tokens to publish beside each token; -1: none"),
+        ("n_bias", "i32", "logit biases"),
+        ("n_target", "i32", "0..kMaxTarget; 0: none"),
+        ("target", "i32[16]", "token ids; the request ends when its output ends with them"),
+        ("adjusted", "i32", "1: its logits get a bias or penalties"),
+        ("penalized", "i32", "1: Params.counts[slot] is kept"),
+        ("filtered", "i32", "1: its sampled rows go through the filter phase"),
         ("stop_ids", "i32[8]", ""),
         ("oracle_len", "i32", "valid entries of Params.oracle[slot]"),
         ("n_pages", "i32", "entries of Params.page_table[slot]"),
@@ -323,7 +382,7 @@ LOOP_STATE = Record(
         ("n_order", "i32", "running requests: entries of Params.order, oldest first"),
         ("admitted_slot", "i32", "slot whose tokens the team copies; -1: none"),
         ("draft_rows", "i32", "rows that drafts of the next step may take; -1: no step can be planned now"),
-        ("phase_ns", f"u32[{len(PHASES)}]", "of the step in flight"),
+        ("phase_ns", f"u64[{len(PHASES)}]", "of the step in flight"),
     ),
 )
 
@@ -369,16 +428,25 @@ PARAMS = Record(
         ("layers", "const LayerWeights*", "[num_hidden_layers]"),
         ("inv_freq", "const double*", "RoPE frequencies, [head_dim / 2]"),
         ("eos_ids", "const int32_t*", "[n_eos_ids]"),
-        ("kv", "void*", "[layers, pages, 2 (K, V), num_key_value_heads, page_size, head_dim]"),
+        ("kv", "void*", "[layers, pages, 2 (K, V), num_key_value_heads, page_size, head_stride]"),
         ("x", "float*", "residual stream, [max_rows, hidden_size]"),
-        ("q", "float*", "rotated queries, [max_rows, num_attention_heads * head_dim]"),
+        ("q", "float*", "rotated queries, [max_rows, num_attention_heads, head_stride]"),
         ("span_max", "float*", "largest score, [max_rows, num_attention_heads, max_spans]"),
         ("span_sum", "float*", "sum of exp(score - max), the same shape"),
-        ("span_acc", "float*", "weighted V, [max_rows, num_attention_heads, max_spans, head_dim]"),
+        ("span_acc", "float*", "weighted V, [max_rows, num_attention_heads, max_spans, head_stride]"),
         ("act", "float*", "SiLU(gate) * up, [max_rows, intermediate_size]"),
         ("rope", "float*", "cosines then sines, [max_rows, 2, head_dim / 2]"),
         ("best", "uint64_t*", "packed (value, ~token) maxima: keyed sample, argmax; [max_rows, 2]"),
         ("logits", "float*", "null, or [max_len, vocab_size] by position, of slot 0 (tests)"),
+        (
+            "processed",
+            "float*",
+            "logits after bias and penalties of filtered rows, [max_rows, vocab_size] by sampled row",
+        ),
+        ("raw", "float*", "the model's own logits, where logprobs are asked for; the same shape"),
+        ("row_logprobs", "Logprobs*", "by sampled row, [max_rows]"),
+        ("counts", "int32_t*", "of output tokens, kSeenInPrompt added for the prompt's; [max_slots, vocab_size]"),
+        ("bias", "float*", "[max_slots, vocab_size]"),
         ("scratch", "float*", "CPU only: [teams, scratch_floats]; the GPU has shared memory"),
         ("mailbox", "Mailbox*", ""),
         ("grid", "GridState*", ""),
@@ -387,6 +455,7 @@ PARAMS = Record(
         ("cancels", "uint64_t*", "request ids, [submission_capacity]"),
         ("cancelled", "uint8_t*", "device's marks on waiting submissions, [submission_capacity]"),
         ("events", "Event*", "[event_capacity]"),
+        ("logprobs", "Logprobs*", "beside `events`, of TOKEN events whose request asks for them; [event_capacity]"),
         ("step_records", "StepRecord*", "[step_capacity]"),
         ("state", "LoopState*", ""),
         ("step", "Step*", ""),
@@ -430,6 +499,7 @@ RECORDS: tuple[Record, ...] = (
     LAYER_WEIGHTS,
     SUBMISSION,
     EVENT,
+    LOGPROBS,
     STEP_RECORD,
     ROW,
     STEP,
@@ -457,6 +527,11 @@ def render() -> str:
         "",
         "// Storage of a bf16 number: the upper half of a float.",
         "struct bf16 {",
+        "  uint16_t bits;",
+        "};",
+        "",
+        "// Storage of an IEEE half.",
+        "struct f16 {",
         "  uint16_t bits;",
         "};",
         "",

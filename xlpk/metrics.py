@@ -32,13 +32,19 @@ MAX_POINTS = 250  # of a time series
 def read_events(path: Path) -> list[Record]:
     """The records of an event log; a last line that a dying process left half-written is dropped."""
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(str(path), error.strerror, "a readable event log") from None
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise InputError(str(path), f"line {number}", "one JSON object a line") from None
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):  # JSON, UTF-8, integers of thousands of digits
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):
+            raise InputError(str(path), f"line {number}", "one JSON object a line")
     return records
 
 
@@ -100,7 +106,7 @@ class _Log:
         self.finished: dict[int, Record] = {}
         self.tokens: dict[int, list[Record]] = defaultdict(list)
         self.steps: list[Record] = []
-        self.warmup_steps = self.warmup_tokens = 0
+        self.warmup_steps = self.warmup_tokens = self.overrun_tokens = 0
         for event in events:
             self._sort(event)
 
@@ -117,6 +123,8 @@ class _Log:
                 self.warmup_tokens += 1
             else:
                 self.tokens[event["request_id"]].append(event)
+        elif kind == "overrun":
+            self.overrun_tokens += 1
         elif kind == "step":
             if warmup:
                 self.warmup_steps += 1
@@ -143,6 +151,7 @@ def _requests(log: _Log) -> Metrics:
         "requests/unfinished": len(log.arrivals) - len(log.finished),
         "requests/prompt_tokens": sum(event["prompt_tokens"] for event in log.arrivals.values()),
         "requests/output_tokens": log.n_output,
+        "requests/overrun_tokens": log.overrun_tokens,
     }
     for reason, count in sorted(reasons.items()):
         out[f"requests/finished_{reason}"] = count

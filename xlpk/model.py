@@ -13,21 +13,23 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from xlpk.errors import InputError
+from xlpk.text import ChatTemplate
 from xlpk.weights import ELEMENT_BYTES, Fill, Weights, parse_json, shown
 
 TINY = Path(__file__).parent / "models" / "tiny"  # ships with the package
-HEAD_DIMS = (64, 128)  # what the attention kernels are written for
+HEAD_DIMS = (64, 80, 96, 128)  # what the attention kernels are written for
 GRANULE = 32  # hidden and intermediate sizes are multiples of it: reductions use 32 lanes
 MAX_SIZE = 1 << 24  # no real vocabulary or width is larger: a bigger figure is a broken file
 MAX_LAYERS = 1024
 MAX_POSITIONS = 1 << 30
-DTYPES = {"bfloat16": "bf16", "float32": "fp32"}  # config.json's word -> ours
+FLOAT32 = np.finfo(np.float32)
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # config.json's word -> ours
 DTYPE_NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 
 
@@ -39,6 +41,23 @@ class Llama3Rope:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int  # tokens
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """RoPE scaling by position interpolation: every wave stretched by `factor` (Chen et al. 2023)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class DynamicRope:
+    """NTK-aware RoPE scaling: theta grows with the sequence once it is longer than `max_position_embeddings`."""
+
+    factor: float
+
+
+Rope: TypeAlias = Llama3Rope | LinearRope | DynamicRope
 
 
 @dataclass(frozen=True)
@@ -54,12 +73,14 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Rope | None
+    rope_scaling: Rope | None
     max_position_embeddings: int  # tokens
     tie_word_embeddings: bool
-    dtype: str  # "bfloat16" | "float32": how the matrices are stored
+    dtype: str  # "bfloat16" | "float16" | "float32": how the matrices are stored
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    attention_bias: bool = False  # of the q, k, v and o projections
+    mlp_bias: bool = False  # of the gate, up and down projections
 
     def __post_init__(self) -> None:
         for key, most in (
@@ -79,6 +100,10 @@ class ModelConfig:
                 raise InputError(key, getattr(self, key), f"a multiple of {GRANULE}")
         if self.head_dim not in HEAD_DIMS:
             raise InputError("head_dim", self.head_dim, f"one of {', '.join(map(str, HEAD_DIMS))}")
+        if self.num_attention_heads * self.head_dim % GRANULE:
+            raise InputError(
+                "num_attention_heads", self.num_attention_heads, f"an even number with head_dim={self.head_dim}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 "num_key_value_heads",
@@ -86,14 +111,14 @@ class ModelConfig:
                 f"a divisor of num_attention_heads={self.num_attention_heads}",
             )
         for key in ("rms_norm_eps", "rope_theta"):
-            if not (math.isfinite(getattr(self, key)) and getattr(self, key) > 0):
-                raise InputError(key, getattr(self, key), "a finite number above 0")
+            if not float(FLOAT32.tiny) <= getattr(self, key) <= float(FLOAT32.max):
+                raise InputError(key, getattr(self, key), "a finite number above 0, as float32 too")
         if self.dtype not in DTYPES:
             raise InputError("dtype", shown(self.dtype), f"one of {', '.join(DTYPES)}")
         scaling = self.rope_scaling
-        if scaling is not None:
-            if not 1 <= scaling.factor < math.inf:
-                raise InputError("rope_scaling.factor", scaling.factor, "a finite number of at least 1")
+        if scaling is not None and not 1 <= scaling.factor <= float(FLOAT32.max):
+            raise InputError("rope_scaling.factor", scaling.factor, "a finite number of at least 1")
+        if isinstance(scaling, Llama3Rope):
             if not 0 < scaling.low_freq_factor < math.inf:
                 raise InputError("rope_scaling.low_freq_factor", scaling.low_freq_factor, "a finite number above 0")
             if not scaling.low_freq_factor < scaling.high_freq_factor < math.inf:
@@ -148,6 +173,8 @@ class ModelConfig:
                 dtype=reader.dtype(),
                 bos_token_id=reader.token_ids("bos_token_id", 1, several=False)[0],
                 eos_token_ids=tuple(t for t in reader.token_ids("eos_token_id", 2, several=True) if t is not None),
+                attention_bias=reader.flag("attention_bias", False),
+                mlp_bias=reader.flag("mlp_bias", False),
             )
         except InputError as error:
             if error.field.startswith(f"{source}:"):
@@ -159,16 +186,43 @@ class ModelConfig:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def head_stride(self) -> int:
+        """head_dim up to a whole number of virtual lanes: how queries, pages and partials hold a head."""
+        return -(-self.head_dim // GRANULE) * GRANULE
+
+    @property
+    def stretches(self) -> bool:
+        """Whether a sequence may be longer than max_position_embeddings."""
+        return isinstance(self.rope_scaling, DynamicRope)
+
+    def at_length(self, tokens: int) -> ModelConfig:
+        """This model for sequences of up to `tokens`: dynamic RoPE scaling becomes the theta of that length.
+
+        transformers (`_compute_dynamic_ntk_parameters` in modeling_rope_utils.py) takes the length that a sequence has
+        reached, so keys cached earlier keep the rotation of an earlier theta and logits depend on how a prompt was
+        chunked. Here the length is fixed, and the two are equal for a sequence of `tokens` in one forward pass, and
+        for any up to `max_position_embeddings`.
+        """
+        if not isinstance(self.rope_scaling, DynamicRope):
+            return self
+        factor, d = self.rope_scaling.factor, self.head_dim
+        growth = factor * max(tokens, self.max_position_embeddings) / self.max_position_embeddings - (factor - 1)
+        return replace(self, rope_theta=self.rope_theta * growth ** (d / (d - 2)), rope_scaling=None)
+
     def inv_freq(self) -> npt.NDArray[np.float64]:
         """Radians a token for each pair of RoPE's rotated elements -> [head_dim / 2].
 
-        Plain: theta^(-2i/d) (Su et al. 2021, RoFormer, section 3.2.2). Llama 3 scaling: `apply_scaling` in
+        Plain: theta^(-2i/d) (Su et al. 2021, RoFormer, section 3.2.2). Linear: that over the factor. Dynamic: plain,
+        see `at_length`. Llama 3 scaling: `apply_scaling` in
         meta-llama/llama-models (models/llama3/model.py), which transformers repeats as `_compute_llama3_parameters`
         in modeling_rope_utils.py.
         """
         plain = self.rope_theta ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
         scaling = self.rope_scaling
-        if scaling is None:
+        if isinstance(scaling, LinearRope):
+            return np.asarray(plain / scaling.factor, dtype=np.float64)
+        if not isinstance(scaling, Llama3Rope):
             return plain
         waves = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # turns over the original context
         blend = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -191,6 +245,9 @@ class ModelConfig:
             shapes[at + "mlp.gate_proj.weight"] = (ffn, hidden)
             shapes[at + "mlp.up_proj.weight"] = (ffn, hidden)
             shapes[at + "mlp.down_proj.weight"] = (hidden, ffn)
+            for block, has_bias in (("self_attn", self.attention_bias), ("mlp", self.mlp_bias)):
+                for matrix in [name for name in shapes if has_bias and name.startswith(at + block + ".")]:
+                    shapes[matrix.replace(".weight", ".bias")] = shapes[matrix][:1]
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
@@ -213,10 +270,10 @@ class ModelConfig:
         return totals
 
     def bytes_per_token(self, dtype: str) -> int:
-        """Weight bytes that one decode step of one row must read, with matrices in `dtype` ("bf16" | "fp32").
+        """Weight bytes that one decode step of one row must read, with matrices in `dtype` (bf16, fp16 or fp32).
 
-        Every matrix once and the norm vectors as float32. Of an untied embedding one row is read; a tied one is read in
-        full as the LM head, its row included.
+        Every matrix once and the vectors (norms, biases) as float32. Of an untied embedding one row is read; a tied one
+        is read in full as the LM head, its row included.
         """
         if dtype not in ELEMENT_BYTES:
             raise InputError("dtype", shown(dtype), f"one of {', '.join(ELEMENT_BYTES)}")
@@ -329,15 +386,12 @@ class _Reader:
             raise self.refuse(
                 "quantization_config",
                 self.get("quantization_config"),
-                "unquantized bfloat16 or float32 checkpoints only",
+                "unquantized bfloat16, float16 or float32 checkpoints only",
             )
         if self.get("hidden_act") not in (None, "silu"):
             raise self.refuse("hidden_act", self.get("hidden_act"), "only silu is supported")
-        for key in ("attention_bias", "mlp_bias"):
-            if self.flag(key, False):
-                raise self.refuse(key, True, "only false is supported")
 
-    def rope(self) -> tuple[float, Llama3Rope | None]:
+    def rope(self) -> tuple[float, Rope | None]:
         """theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
         new, old = self.get("rope_parameters"), self.get("rope_scaling")
         for key, value in (("rope_parameters", new), ("rope_scaling", old)):
@@ -357,8 +411,12 @@ class _Reader:
         kind = fields.get("rope_type", fields.get("type", "default"))
         if kind == "default":
             return theta, None
+        if kind == "linear":
+            return theta, LinearRope(self.number(f"{at}.factor"))
+        if kind == "dynamic":
+            return theta, DynamicRope(self.number(f"{at}.factor"))
         if kind != "llama3":
-            raise self.refuse(f"{at}.rope_type", kind, "only default and llama3 are supported")
+            raise self.refuse(f"{at}.rope_type", kind, "only default, linear, dynamic and llama3 are supported")
         return theta, Llama3Rope(
             factor=self.number(f"{at}.factor"),
             low_freq_factor=self.number(f"{at}.low_freq_factor"),
@@ -448,6 +506,11 @@ class Model:
             raise InputError(str(file), shown(str(error)), "a tokenizer.json of Hugging Face tokenizers") from None
 
     @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template beside the weights; None if there is none."""
+        return None if self.path is None else ChatTemplate.open(self.path)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 over the config and `Weights.identity`: tells models apart without reading them all."""
         facts = json.dumps([asdict(self.config), self.weights.identity], sort_keys=True)
@@ -463,8 +526,8 @@ def load_model(
         name_or_shape: "tiny", a key of SHAPES, or any name for what `path` holds.
         path: a folder with config.json and safetensors; it decides if given.
         seed: of the hash weights; unused with a folder.
-        dtype: "bf16" or "fp32"; "auto" is the checkpoint's own, and bf16 for hash weights. A checkpoint is used as it
-            is stored, so another dtype than its own is refused.
+        dtype: "bf16", "fp16" or "fp32"; "auto" is the checkpoint's own, and bf16 for hash weights. A checkpoint is used
+            as it is stored, so another dtype than its own is refused.
         fill: a compiled generator of hash weights, see `Weights.from_hash`.
     """
     if dtype not in ("auto", *ELEMENT_BYTES):

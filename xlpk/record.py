@@ -100,11 +100,13 @@ def write_metrics(folder: Path, metrics: Metrics) -> None:
     write_text(folder / METRICS_CSV, buffer.getvalue())
 
 
-def write_texts(folder: Path, model: Model, requests: Sequence[Request], outputs: dict[int, list[int]]) -> None:
-    """Prompt and completion of each request; token ids where there is no tokenizer."""
+def write_texts(
+    folder: Path, model: Model, requests: Sequence[Request], outputs: dict[int, list[int]], texts: dict[int, str]
+) -> None:
+    """Prompt and completion of each request, cut in `texts` where a stop string ended it; ids without a tokenizer."""
     parts = []
     for request in requests:
-        output = decode(model, outputs.get(request.request_id, []))
+        output = texts.get(request.request_id, decode(model, outputs.get(request.request_id, [])))
         for title, text in (("prompt", decode(model, request.prompt)), ("completion", output)):
             parts.append(f"=== request {request.request_id}: {title}\n{text}")
     write_text(folder / TEXT, "\n".join(parts) + "\n")
@@ -162,7 +164,14 @@ def write_status(folder: Path, status: str, exit_code: int | None, **values: Any
     known.setdefault("started_unix_s", time.time())
     if status != "RUNNING":
         known["ended_unix_s"] = time.time()
-    write_json(folder / STATUS, {**known, "status": status, "exit_code": exit_code, **values})
+    value = {**known, "status": status, "exit_code": exit_code, **values}
+    try:
+        write_json(folder / STATUS, value)
+    except OSError:  # a full disk: the file that is there has room
+        (folder / (STATUS + ".part")).unlink(missing_ok=True)
+        with (folder / STATUS).open("r+", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
+            file.truncate()
 
 
 def program() -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from xlpk.errors import InputError
 from xlpk.model import ModelConfig
-from xlpk.weights import Weights, bf16_decode, bf16_encode
+from xlpk.weights import Weights, bf16_decode, bf16_encode, decode
 
 Array: TypeAlias = npt.NDArray[Any]
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -45,14 +45,12 @@ class Exact:
         self._decoded: dict[str, Array] = {}
 
     def __call__(self, name: str) -> Array:
-        """[rows, columns] of a matrix, [n] of a norm vector."""
+        """[rows, columns] of a matrix, [n] of a norm vector or a bias."""
         if name not in self._decoded:
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", ".bias")):
                 self._decoded[name] = self.weights.vector(name).astype(self.dtype)
             else:
-                base = self.weights.matrix(name).base
-                values = bf16_decode(base) if base.dtype == np.uint16 else base
-                self._decoded[name] = values.astype(self.dtype)
+                self._decoded[name] = decode(self.weights.matrix(name).base).astype(self.dtype)
         return self._decoded[name]
 
 
@@ -121,12 +119,17 @@ def forward(
     angles = (past + np.arange(ids.size))[:, None] * config.inv_freq()  # [n, d/2] radians
     x = w("model.embed_tokens.weight")[ids]  # [n, hidden]
 
+    def project(h: Array, name: str) -> Array:
+        """[n, k] -> [n, m], plus the bias where the model has one."""
+        y = ops.product(h, w(name + ".weight").T)
+        return ops.value(y + w(name + ".bias")) if name + ".bias" in w.weights.names else y
+
     for layer in range(config.num_hidden_layers):
         at = f"model.layers.{layer}."
         h = rms_norm(x, w(at + "input_layernorm.weight"), config.rms_norm_eps, ops)  # [n, hidden]
-        q = split_heads(ops.product(h, w(at + "self_attn.q_proj.weight").T), heads, d)  # [heads, n, d]
-        k = split_heads(ops.product(h, w(at + "self_attn.k_proj.weight").T), kv, d)  # [kv, n, d]
-        v = split_heads(ops.product(h, w(at + "self_attn.v_proj.weight").T), kv, d)  # [kv, n, d]
+        q = split_heads(project(h, at + "self_attn.q_proj"), heads, d)  # [heads, n, d]
+        k = split_heads(project(h, at + "self_attn.k_proj"), kv, d)  # [kv, n, d]
+        v = split_heads(project(h, at + "self_attn.v_proj"), kv, d)  # [kv, n, d]
         q, k = rotate(q, angles, ops), ops.stored(rotate(k, angles, ops))
         v = ops.stored(v)
         if cache is not None:
@@ -139,13 +142,13 @@ def forward(
         owner = kv_head_of(config)  # [heads]
         a = attend(q, k[owner], v[owner], ops)  # [heads, n, d]
         a = a.transpose(1, 0, 2).reshape(ids.size, heads * d)  # [n, heads * d]
-        x = ops.value(x + ops.product(a, w(at + "self_attn.o_proj.weight").T))  # [n, hidden]
+        x = ops.value(x + project(a, at + "self_attn.o_proj"))  # [n, hidden]
 
         h = rms_norm(x, w(at + "post_attention_layernorm.weight"), config.rms_norm_eps, ops)  # [n, hidden]
-        gate = ops.product(h, w(at + "mlp.gate_proj.weight").T)  # [n, intermediate]
-        up = ops.product(h, w(at + "mlp.up_proj.weight").T)  # [n, intermediate]
+        gate = project(h, at + "mlp.gate_proj")  # [n, intermediate]
+        up = project(h, at + "mlp.up_proj")  # [n, intermediate]
         h = ops.value(silu(gate) * up, 6)  # [n, intermediate]
-        x = ops.value(x + ops.product(h, w(at + "mlp.down_proj.weight").T))  # [n, hidden]
+        x = ops.value(x + project(h, at + "mlp.down_proj"))  # [n, hidden]
 
     x = rms_norm(x, w("model.norm.weight"), config.rms_norm_eps, ops)  # [n, hidden]
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"

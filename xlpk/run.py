@@ -6,6 +6,7 @@ a sweep the other points go on and the code is that of the first failure.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 INSTALL = "xlpk is not installed: run `make run`, or `python -m pip install -e .` in the checkout"
 INTERRUPTED = 130
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO}
 _codes: list[int] = []  # exit codes of this process's points, in order
 
 
@@ -62,7 +64,8 @@ def point(cfg: DictConfig, make: MakeBackend | None = None) -> int:
         facts["sweep_id"] = Path(str(hydra.sweep.dir)).name
     try:
         code = _run(cfg, folder, facts, in_sweep, make)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        error = _unwritable(folder, raised) if getattr(raised, "errno", None) in UNWRITABLE else raised
         code = exit_code_of(error)
         _refuse(folder, facts, in_sweep, error)
     _codes.append(code)
@@ -79,8 +82,9 @@ def _refuse(folder: Path, facts: dict[str, Any], in_sweep: bool, error: BaseExce
         complain(one_line(error))
     if not isinstance(error, InputError | ToolError | BackendError | KeyboardInterrupt):
         traceback.print_exc()
-    if record.read_json(folder / record.STATUS) and not isinstance(error, InputError):
-        record.write_status(folder, "FAILED", exit_code_of(error), error=one_line(error))
+    if (status := record.read_json(folder / record.STATUS)) and (folder / record.EVENTS).exists():
+        if status.get("status") == "RUNNING":  # else it had ended, and what failed is MLflow or the terminal
+            record.write_status(folder, "FAILED", exit_code_of(error), error=one_line(error))
     elif in_sweep:
         record.clear(folder)
         record.write_status(folder, "REFUSED", exit_code_of(error), error=one_line(error), **facts)
@@ -89,10 +93,11 @@ def _refuse(folder: Path, facts: dict[str, Any], in_sweep: bool, error: BaseExce
 
 
 def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], in_sweep: bool, make: MakeBackend | None) -> int:
-    from xlpk import config, engine, metrics, record
+    from xlpk import config, engine, metrics, record, tracking
     from xlpk.backend import BackendReport
     from xlpk.kv import KVPlan
     from xlpk.model import load_model
+    from xlpk.settings import MlflowTracking
     from xlpk.workload import make_requests
 
     settings = config.validate(cfg)
@@ -104,6 +109,8 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], in_sweep: bool, m
     for note in (*settings.notes, *notes):
         complain(note)
 
+    if isinstance(settings.tracking, MlflowTracking):
+        tracking.store_uri(settings.tracking, Path(settings.run.outputs))  # refuses what it cannot hold, before the run
     facts |= {
         "mode": settings.mode,
         "backend": settings.backend.name,
@@ -125,10 +132,15 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], in_sweep: bool, m
     except BaseException as error:
         failure = error
     if isinstance(failure, InputError) and not outcome.outputs:
+        (folder / record.EVENTS).unlink(missing_ok=True)
         raise failure  # the backend refused it before anything was measured
+    if isinstance(failure, OSError) and failure.errno in UNWRITABLE:
+        raise failure  # the folder cannot be written: no point in more files
+    if not folder.is_dir():
+        raise failure or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     measured = metrics.compute(metrics.read_events(folder / record.EVENTS))
     record.write_metrics(folder, measured)
-    record.write_texts(folder, model, requests, outcome.outputs)
+    record.write_texts(folder, model, requests, outcome.outputs, outcome.texts)
     record.write_build(folder, outcome.report or BackendReport())
     code = 0 if failure is None else exit_code_of(failure)
     if failure is None:
@@ -138,9 +150,18 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], in_sweep: bool, m
         complain(f"{one_line(failure)} (run folder: {os.path.relpath(folder)})")
         if not isinstance(failure, InputError | ToolError | BackendError | KeyboardInterrupt):
             traceback.print_exception(failure)
+    _signals.held = False
     _mirror(folder, settings)
     _show(folder, settings, in_sweep, measured)
     return code
+
+
+def _unwritable(folder: Path, error: Any) -> InputError:
+    """What the system refused while the run's files were written."""
+    where = error.filename or os.path.relpath(folder)
+    if not folder.is_dir():
+        return InputError("run.outputs", os.path.relpath(folder), "a folder that stays: it was removed during the run")
+    return InputError("run.outputs", where, f"a folder that can be written ({error.strerror or error})")
 
 
 def _name(mode: str, overrides: list[str]) -> str:
@@ -153,7 +174,7 @@ def _max_len(settings: Settings, model: Model) -> int:
     positions = model.config.max_position_embeddings
     if settings.model.max_len is None:
         return positions
-    if settings.model.max_len > positions:
+    if settings.model.max_len > positions and not model.config.stretches:
         raise InputError("model.max_len", settings.model.max_len, f"at most the model's {positions} positions")
     return settings.model.max_len
 
@@ -263,8 +284,19 @@ class _Bar:
             self.progress.stop()
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Signals:
+    """Ctrl-C and SIGTERM: the first ends the run; a second one waits until the local files are complete."""
+
+    def __init__(self) -> None:
+        self.held = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if not self.held:
+            self.held = True
+            raise KeyboardInterrupt
+
+
+_signals = _Signals()
 
 
 def compose_and_run(argv: list[str], task: Callable[[DictConfig], int]) -> int:
@@ -310,7 +342,8 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("hydra") is None or importlib.util.find_spec("xlpk.conf") is None:
         complain(INSTALL)
         return 2
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, _signals)
+    signal.signal(signal.SIGINT, _signals)
     code = compose_and_run(sys.argv[1:] if argv is None else argv, point)
     if "xlpk.report" in sys.modules:
         failed = finish_sweep()

@@ -38,7 +38,7 @@ class ModelChoice:
 
     name: str = "tiny"
     path: str | None = None  # a folder in the Hugging Face layout
-    dtype: str = "auto"  # auto | bf16 | fp32
+    dtype: str = "auto"  # auto | bf16 | fp16 | fp32
     max_len: int | None = None  # tokens of a sequence at most; null: the model's positions
     seed: int = 0  # of hash weights
 

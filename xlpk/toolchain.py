@@ -7,13 +7,14 @@ stale one is never used. What a build took and what ptxas said comes back in a `
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,14 +73,16 @@ def kernels_folder() -> Path:
 
 
 def find_cxx() -> str:
-    """$CXX, g++ or clang++, in this order. ToolError if there is none."""
+    """$CXX, g++, clang++ or the compiler of the ziglang wheel, in this order. ToolError if there is none."""
     wanted = os.environ.get("CXX")
     for command in [wanted] if wanted else ["g++", "clang++"]:
         if shutil.which(shlex.split(command)[0]):
             return command
-    named = f"CXX={wanted} was not found" if wanted else "no C++ compiler was found (g++, clang++)"
+    if not wanted and importlib.util.find_spec("ziglang"):
+        return shlex.join([sys.executable, "-m", "ziglang", "c++"])
+    named = f"CXX={wanted} was not found" if wanted else "no C++ compiler was found (g++, clang++, ziglang)"
     how = "Debian: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install"
-    raise ToolError(f"{named}: install one ({how})")
+    raise ToolError(f"{named}: install one ({how}; anywhere: pip install 'xlpk[compiler]')")
 
 
 def find_nvcc() -> str | None:
@@ -119,7 +122,11 @@ def _compile(command: Sequence[str], target: Path) -> tuple[str, float]:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     begin = time.perf_counter()
-    done = _run([*command, "-o", str(unfinished)])
+    try:
+        done = _run([*command, "-o", str(unfinished)])
+    except BaseException:  # interrupted
+        unfinished.unlink(missing_ok=True)
+        raise
     seconds = time.perf_counter() - begin
     if done.returncode != 0:
         unfinished.unlink(missing_ok=True)
@@ -169,8 +176,8 @@ def parse_ptxas(text: str) -> tuple[KernelResources, ...]:
 
 
 def dims_defines(dims: np.ndarray[Any, Any], weight: str, cache: str) -> dict[str, str]:
-    """A Dims record and storage types (bf16, fp32) as -D definitions of `ModelDims`."""
-    types = {"bf16": "bf16", "fp32": "float"}
+    """A Dims record and storage types (bf16, fp16, fp32) as -D definitions of `ModelDims`."""
+    types = {"bf16": "bf16", "fp16": "f16", "fp32": "float"}
     defines = {"XL_WEIGHT_TYPE": types[weight], "XL_CACHE_TYPE": types[cache]}
     for name in dims.dtype.names or ():
         value = dims[name].item()

@@ -19,6 +19,7 @@ from typing import Any
 
 from xlpk import metrics as metrics_module
 from xlpk import record
+from xlpk.errors import InputError
 from xlpk.settings import MlflowTracking
 
 HTTP_TIMEOUT_S = 5
@@ -38,7 +39,13 @@ _silent: set[str] = set()  # stores that failed in this process: later points of
 
 def store_uri(tracking: MlflowTracking, outputs: Path) -> str:
     """What the user typed, else MLFLOW_TRACKING_URI, else OUTPUTS/mlflow.db, absolute."""
-    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs.resolve() / 'mlflow.db'}"
+    typed = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if typed:
+        return typed
+    path = str(outputs.resolve() / "mlflow.db")
+    if set(path) & set("?#%"):
+        raise InputError("run.outputs", outputs, "a path without ? # %, which the store's address cannot hold")
+    return f"sqlite:///{path}"
 
 
 def mirror(folder: Path, tracking: MlflowTracking, outputs: Path) -> str | None:
@@ -70,9 +77,9 @@ def mirror(folder: Path, tracking: MlflowTracking, outputs: Path) -> str | None:
 
 
 def upload(folder: Path, tracking: MlflowTracking, outputs: Path) -> str:
-    """Logs the folder and gives the id of the MLflow run; raises what MLflow raises."""
+    """Logs the folder in place of an earlier mirror of it -> the id of the MLflow run; raises what MLflow raises."""
     _import_mlflow()
-    return _log_run(folder, store_uri(tracking, outputs), tracking.experiment, outputs)
+    return _log_run(folder, store_uri(tracking, outputs), tracking.experiment, outputs, replace=True)
 
 
 def upload_command(folder: Path) -> str:
@@ -94,19 +101,25 @@ def _import_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _log_run(folder: Path, uri: str, experiment: str, outputs: Path) -> str:
+def _log_run(folder: Path, uri: str, experiment: str, outputs: Path, *, replace: bool = False) -> str:
     from mlflow.entities import Metric, Param, RunTag
     from mlflow.tracking import MlflowClient
 
     status = record.read_json(folder / record.STATUS)
-    values = record.read_json(folder / record.METRICS)
+    events = folder / record.EVENTS
+    values: dict[str, Any] = record.read_json(folder / record.METRICS)
+    if not values and events.exists():  # the process was killed
+        values = dict(metrics_module.compute(metrics_module.read_events(events)))
     local = uri.startswith("sqlite:")
     with _lock(outputs) if local else contextlib.nullcontext():
+        if local:
+            _create_store(Path(uri.removeprefix("sqlite:///")))
         client = MlflowClient(tracking_uri=uri)
         location = (outputs.resolve() / "artifacts").as_uri() if local else None
         experiment_id = _experiment(client, experiment, location)
     started_ms = int(status.get("started_unix_s", 0) * 1000)
     ended_ms = int(status.get("ended_unix_s", 0) * 1000) or None
+    earlier = _runs_of(client, experiment_id, folder) if replace else []
     run = client.create_run(experiment_id, start_time=started_ms, run_name=status.get("name") or folder.name)
     run_id = str(run.info.run_id)
     params = [Param(key, value) for key, value in flatten(record.read_config(folder)).items()]
@@ -115,7 +128,6 @@ def _log_run(folder: Path, uri: str, experiment: str, outputs: Path) -> str:
         client.log_batch(run_id, params=params[begin : begin + 100], tags=tags[begin : begin + 100])
     at_ms = ended_ms or started_ms
     points = [Metric(key, float(value), at_ms, 0) for key, value in values.items() if value is not None]
-    events = folder / record.EVENTS
     if events.exists():
         points += [
             Metric(key, value, started_ms + ns // 1_000_000, step)
@@ -129,7 +141,28 @@ def _log_run(folder: Path, uri: str, experiment: str, outputs: Path) -> str:
             client.log_artifact(run_id, str(folder / name))
     final = "FINISHED" if status.get("status") == "FINISHED" else "FAILED"
     client.set_terminated(run_id, status=final, end_time=ended_ms)
+    for old in earlier:
+        client.delete_run(old)
     return run_id
+
+
+def _runs_of(client: Any, experiment_id: str, folder: Path) -> list[str]:
+    """Ids of the runs that were made from this folder before."""
+    name = str(folder.resolve()).replace("'", "")
+    found = client.search_runs([experiment_id], f"tags.run_folder = '{name}'")
+    return [str(run.info.run_id) for run in found]
+
+
+def _create_store(path: Path) -> None:
+    """The schema of a store that is not there yet, made beside its place and renamed: half a migration breaks it."""
+    from mlflow.tracking import MlflowClient
+
+    if path.exists():
+        return
+    beside = path.with_name(path.name + ".part")
+    beside.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{beside}").search_experiments(max_results=1)
+    beside.replace(path)
 
 
 def _experiment(client: Any, name: str, location: str | None) -> str:
@@ -181,6 +214,7 @@ def tags_of(folder: Path, status: dict[str, Any]) -> dict[str, str]:
         "threads": details.get("threads"),
         "sweep_id": status.get("sweep_id"),
         "run_dir": folder.name,
+        "run_folder": str(folder.resolve()).replace("'", ""),
         "overrides": " ".join(status.get("overrides", [])),
         "error": status.get("error"),
     }

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -30,15 +31,18 @@ if TYPE_CHECKING:
 Array: TypeAlias = npt.NDArray[Any]
 Fill: TypeAlias = Callable[[Array, int, int, float], None]  # (values 1-D, tensor_id, seed, scale): fills in place
 
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # the dtypes a matrix may have
-NUMPY_DTYPE: dict[str, type[np.generic]] = {"bf16": np.uint16, "fp32": np.float32}  # how each is held: bf16 as its bits
-FILE_DTYPE = {"BF16": "bf16", "F32": "fp32"}  # safetensors' word -> ours
-FILE_BITS = {  # every dtype that safetensors defines; all but two are refused for the tensors of a model
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # the dtypes a matrix may have
+# How each is held: bf16 as its bits.
+NUMPY_DTYPE: dict[str, type[np.generic]] = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
+OUR_DTYPE = {np.dtype(held): ours for ours, held in NUMPY_DTYPE.items()}
+FILE_DTYPE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}  # safetensors' word -> ours
+FILE_BITS = {  # every dtype that safetensors defines; all but three are refused for the tensors of a model
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 HEADER_LIMIT = 100_000_000  # bytes; the official reader's own cap
+MAX_RANK = 64  # of a tensor; the product of a million sizes would take hours
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HASH_SCALE = np.float32(math.sqrt(3) * 0.02)  # uniform on +-scale: standard deviation 0.02, Llama's initial one
@@ -62,6 +66,11 @@ def bf16_decode(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return (np.asarray(bits, dtype=np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def decode(values: Array) -> npt.NDArray[np.float32]:
+    """A stored tensor -> float32, exactly; float32 itself is not copied."""
+    return bf16_decode(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
+
+
 # ---------------------------------------------------------------------------------------------- what a caller gets
 
 
@@ -69,7 +78,7 @@ def bf16_decode(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 class Matrix:
     """One matrix, row-major: y[r] = sum over k of base[r, k] * x[k]."""
 
-    base: Array  # [rows, columns] uint16 (bf16 bits) or float32; a view that keeps its mapping alive
+    base: Array  # [rows, columns] uint16 (bf16 bits), float16 or float32; a view that keeps its mapping alive
     layout: str = "row_major"
 
     @property
@@ -88,14 +97,14 @@ class Matrix:
 
 
 class Weights:
-    """The tensors of one model, by their Hugging Face names. `dtype` ("bf16" | "fp32") holds for every matrix.
+    """The tensors of one model, by their Hugging Face names. `dtype` (bf16, fp16 or fp32) holds for every matrix.
 
     `Weights.open` maps a folder, `Weights.from_hash` makes values up. Arrays keep the mapping they look into alive, so
     there is nothing to close; a file that shrinks while mapped kills the process (SIGBUS), as with any mapping.
     """
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Array], identity: str) -> None:
-        """`tensors`: uint16 is bf16, float32 is fp32; names and shapes as `config.tensor_shapes()` has them."""
+        """`tensors`: uint16 is bf16, float16 fp16, float32 fp32; names and shapes as in `config.tensor_shapes()`."""
         self.identity = identity  # tells these weights from others, see `Weights.open` and `Weights.from_hash`
         self.tied = config.tie_word_embeddings
         self._tensors: dict[str, Array] = {}
@@ -106,15 +115,14 @@ class Weights:
             array = tensors[name]
             if array.shape != shape:
                 raise InputError(f"{name}.shape", list(array.shape), f"expected {list(shape)}")
-            if array.dtype not in (np.dtype(np.uint16), np.dtype(np.float32)):
-                raise InputError(f"{name}.dtype", array.dtype, "expected uint16 (bf16 bits) or float32")
+            if array.dtype not in OUR_DTYPE:
+                raise InputError(f"{name}.dtype", array.dtype, "expected uint16 (bf16 bits), float16 or float32")
             if len(shape) == 2:
-                kinds.setdefault("bf16" if array.dtype == np.uint16 else "fp32", name)
+                kinds.setdefault(OUR_DTYPE[array.dtype], name)
             self._tensors[name] = array
         if len(kinds) > 1:
-            raise InputError(
-                f"{kinds['fp32']}.dtype", "fp32", f"expected one dtype for all matrices, and {kinds['bf16']} is bf16"
-            )
+            (one, first), (other, second) = [(kind, kinds[kind]) for kind in ELEMENT_BYTES if kind in kinds][:2]
+            raise InputError(f"{second}.dtype", other, f"expected one dtype for all matrices, and {first} is {one}")
         (self.dtype,) = kinds
 
     @property
@@ -138,7 +146,7 @@ class Weights:
         array = self._find(name)
         if array.ndim != 1:
             raise InputError(name, list(array.shape), "a vector; this is a matrix")
-        return bf16_decode(array) if array.dtype == np.uint16 else array.copy()
+        return decode(array).copy()
 
     def _find(self, name: str) -> Array:
         if name not in self._tensors:
@@ -309,8 +317,8 @@ def _entry(raw: object, label: str, held: int) -> Entry:
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in FILE_BITS:
         raise InputError(f"{label}.dtype", shown(dtype), f"one of {', '.join(FILE_BITS)}")
-    if not _are_counts(shape):
-        raise InputError(f"{label}.shape", shown(shape), "a list of whole numbers of at least 0")
+    if not _are_counts(shape) or len(shape) > MAX_RANK:
+        raise InputError(f"{label}.shape", shown(shape), f"a list of at most {MAX_RANK} whole numbers of at least 0")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{label}.data_offsets", shown(offsets), "two byte offsets, the end not before the start")
     if offsets[1] > held:
@@ -321,10 +329,12 @@ def _entry(raw: object, label: str, held: int) -> Entry:
         )
     bits = math.prod(shape) * FILE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
+        # Beyond 2^64 the number may be too large for a float, or for a repr.
+        needed = "over 2^61" if bits >= 1 << 64 else shown(bits / 8 if bits % 8 else bits // 8)
         raise InputError(
             f"{label}.data_offsets",
             shown(offsets),
-            f"expected {shown(bits / 8 if bits % 8 else bits // 8)} bytes for {dtype} {shown(shape)}",
+            f"expected {needed} bytes for {dtype} {shown(shape)}",
         )
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
@@ -354,7 +364,7 @@ def _locate(folder: Path) -> dict[str, str]:
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
             raise InputError(label, shown(shard), "a *.safetensors file name in the same folder, without separators")
     for shard in sorted(set(shards.values())):
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):  # false for what cannot be a name; Path.is_file raises for a long one
             raise InputError(f"{INDEX}:weight_map", shown(shard), "a shard that is in the folder; this one is missing")
     return dict(shards)
 
@@ -420,16 +430,18 @@ def tensor_id(name: str) -> int:
 
 
 def hash_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> Array:
-    """The tensor `name` of a model without a checkpoint -> [shape], uint16 bits or float32. Norm vectors are 1.
+    """The tensor `name` of a model without a checkpoint -> [shape], held as NUMPY_DTYPE says.
 
-    Element i is a function of (seed, name, i) alone, so any part can be made anywhere. With counter = (low 32 bits of
-    i/4, its high 32 bits, crc32(name), 0) and key = (low, high 32 bits of the seed), the word Philox4x32-10[i % 4], as
-    a signed number, times 2^-31, times HASH_SCALE, in float32; for bf16 then rounded to nearest even.
+    Norm vectors are 1, biases 0. Element i is a function of (seed, name, i) alone, so any part can be made anywhere:
+    with counter = (low 32 bits of i/4, its high, crc32(name), 0) and key = (low, high 32 bits of the seed), the word
+    Philox4x32-10[i % 4], as a signed number, times 2^-31, times HASH_SCALE, in float32; for bf16 and fp16 then rounded
+    to nearest even.
     """
     _check_hash(seed, dtype)
     values = _aligned(math.prod(shape), dtype)
     if len(shape) == 1:
-        values[...] = bf16_encode(1.0) if dtype == "bf16" else 1.0
+        one = 0.0 if name.endswith(".bias") else 1.0
+        values[...] = bf16_encode(one) if dtype == "bf16" else one
     else:
         _hash_into(values, tensor_id(name), seed)
     return values.reshape(shape)

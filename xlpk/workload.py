@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xlpk import layout
 from xlpk.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,14 +21,27 @@ if TYPE_CHECKING:
     from xlpk.model import Model
 
 
+MIN_TEMPERATURE = 1e-5  # logits divided by less could overflow
+
+
 @dataclass
 class Sampling:
-    """How output tokens are chosen (the `sampling` group of the config)."""
+    """How output tokens are chosen (the `sampling` group of the config); vLLM's names and meanings."""
 
     temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the most likely tokens that hold this share of the probability; 1: all
+    min_p: float = 0.0  # keep tokens at least this share as likely as the most likely one; 0: all
+    repetition_penalty: float = 1.0  # over prompt and output; 1: none
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens of the output
+    frequency_penalty: float = 0.0  # the same, times how often
+    logit_bias: Any = None  # {token id: what is added to its logit}; null: none. Any, since Hydra merges typed dicts
+    logprobs: int | None = None  # most likely tokens to log beside each token, and the token's own logprob; null: none
     seed: int = 0  # request i samples with seed + i
     max_new_tokens: int = 128
+    stop: list[str] = field(default_factory=list)  # strings that end the output and are cut off it; matched by the host
     stop_token_ids: list[int] = field(default_factory=list)
+    target: str | None = None  # the output ends when its tokens end with this text's tokens
     ignore_eos: bool = False
 
 
@@ -44,6 +58,16 @@ class Request:
     ignore_eos: bool = False
     arrival_s: float = 0.0  # intended, after the start of the measurement
     oracle: tuple[int, ...] = ()  # the right output tokens, for spec=oracle
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, bias)
+    logprobs: int | None = None
+    target: tuple[int, ...] = ()  # token ids
+    stop: tuple[str, ...] = ()  # the engine's affair: a backend sees token ids only
 
 
 @dataclass
@@ -54,6 +78,7 @@ class Prompts:
     prompt: Any = None  # a string or a list of strings; null: conf/workload/prompts.yaml, or `file`
     file: str | None = None  # one prompt a line; `\n` in a line is a newline
     requests: int | None = None  # null: one a prompt
+    chat: bool = False  # each prompt is a user's message, which the model's chat template makes a prompt
 
     def texts(self) -> list[str]:
         """The prompts in the order of their requests. Raises InputError."""
@@ -100,14 +125,50 @@ class Synthetic:
 
 def check_sampling(sampling: Sampling, max_stop_ids: int) -> None:
     """What needs no model. Raises InputError."""
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InputError("sampling.temperature", sampling.temperature, "a finite number of at least 0 (0: greedy)")
+    allowed = sampling.temperature == 0 or sampling.temperature >= MIN_TEMPERATURE
+    words = f"0 (greedy), or a finite number of at least {MIN_TEMPERATURE}"
+    _check_number("sampling.temperature", sampling.temperature, allowed, words)
     if sampling.max_new_tokens < 1:
         raise InputError("sampling.max_new_tokens", sampling.max_new_tokens, "at least 1")
     if not 0 <= sampling.seed < 1 << 63:
         raise InputError("sampling.seed", sampling.seed, "0 to 2^63 - 1")
     if len(sampling.stop_token_ids) > max_stop_ids:
         raise InputError("sampling.stop_token_ids", f"{len(sampling.stop_token_ids)} ids", f"at most {max_stop_ids}")
+    if not 0 <= sampling.top_k < 1 << 31:
+        raise InputError("sampling.top_k", sampling.top_k, "0 to 2^31 - 1 (0: all tokens)")
+    _check_number("sampling.top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0, at most 1 (1: all tokens)")
+    _check_number("sampling.min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "0 to 1 (0: all tokens)")
+    positive = sampling.repetition_penalty > 0
+    _check_number("sampling.repetition_penalty", sampling.repetition_penalty, positive, "above 0 (1: none)")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(sampling, name)
+        _check_number(f"sampling.{name}", value, -2 <= value <= 2, "-2 to 2 (0: none)")
+    for token, bias in biases(sampling):
+        _check_number(f"sampling.logit_bias.{token}", bias, abs(bias) <= 1e4, "-10000 to 10000")
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= layout.MAX_LOGPROBS:
+        raise InputError("sampling.logprobs", sampling.logprobs, f"0 to {layout.MAX_LOGPROBS}, or null")
+    if "" in sampling.stop:
+        raise InputError("sampling.stop", "''", "strings of at least one character")
+    if sampling.target == "":
+        raise InputError("sampling.target", "''", "a text, or null")
+
+
+def biases(sampling: Sampling) -> tuple[tuple[int, float], ...]:
+    """(token id, bias) by id. Raises InputError for anything but a dict of numbers."""
+    given = {} if sampling.logit_bias is None else sampling.logit_bias
+    kinds = isinstance(given, dict) and all(
+        type(token) is int and isinstance(bias, int | float) for token, bias in given.items()
+    )
+    if not kinds:
+        raise InputError("sampling.logit_bias", given, "{token id: bias, ...} with whole ids and numbers")
+    if len(given) > layout.MAX_BIAS:
+        raise InputError("sampling.logit_bias", f"{len(given)} ids", f"at most {layout.MAX_BIAS}")
+    return tuple(sorted((token, float(bias)) for token, bias in given.items()))
+
+
+def _check_number(field: str, value: float, allowed: bool, words: str) -> None:
+    if not (math.isfinite(value) and allowed):
+        raise InputError(field, value, words)
 
 
 def make_requests(
@@ -121,13 +182,19 @@ def make_requests(
     for token in sampling.stop_token_ids:
         if not 0 <= token < vocab_size:
             raise InputError("sampling.stop_token_ids", token, f"ids of the vocabulary: 0 to {vocab_size - 1}")
+    for token, _ in biases(sampling):
+        if not 0 <= token < vocab_size:
+            raise InputError("sampling.logit_bias", token, f"ids of the vocabulary: 0 to {vocab_size - 1}")
+    if sampling.stop and model.tokenizer is None:
+        raise InputError("sampling.stop", sampling.stop[0], f"model {model.name} has no tokenizer.json: stop_token_ids")
+    target = _target(sampling, model)
     max_new_tokens, ignore_eos = sampling.max_new_tokens, sampling.ignore_eos
     if isinstance(workload, Synthetic):
         prompts = workload.prompts(vocab_size)
         if workload.output_len is not None:
             max_new_tokens, ignore_eos = workload.output_len, True
     else:
-        prompts = _encode(workload.texts(), model)
+        prompts = _encode(workload.texts(), model, workload.chat)
     requests, capped = [], []
     for index, prompt in enumerate(prompts):
         count = min(max_new_tokens, _room(prompt, plan))
@@ -142,6 +209,16 @@ def make_requests(
                 seed=sampling.seed + index,
                 stop_token_ids=tuple(sampling.stop_token_ids),
                 ignore_eos=ignore_eos,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                logit_bias=biases(sampling),
+                logprobs=sampling.logprobs,
+                target=target,
+                stop=tuple(sampling.stop),
             )
         )
     notes = []
@@ -151,6 +228,18 @@ def make_requests(
             f"requests, which is what {plan.max_len} positions and {plan.pages} KV pages leave"
         )
     return requests, notes
+
+
+def _target(sampling: Sampling, model: Model) -> tuple[int, ...]:
+    """The target's token ids."""
+    if sampling.target is None:
+        return ()
+    if model.tokenizer is None:
+        raise InputError("sampling.target", sampling.target, f"model {model.name} has no tokenizer.json")
+    ids = tuple(model.tokenizer.encode(sampling.target, add_special_tokens=False).ids)
+    if not 1 <= len(ids) <= layout.MAX_TARGET:
+        raise InputError("sampling.target", f"{len(ids)} tokens", f"1 to {layout.MAX_TARGET} tokens")
+    return ids
 
 
 def _room(prompt: Sequence[int], plan: KVPlan) -> int:
@@ -171,16 +260,37 @@ def _room(prompt: Sequence[int], plan: KVPlan) -> int:
     return min(plan.max_len, plan.pages * plan.page_size) - len(prompt)
 
 
-def _encode(texts: list[str], model: Model) -> list[tuple[int, ...]]:
+def _encode(texts: list[str], model: Model, chat: bool) -> list[tuple[int, ...]]:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise InputError("workload", "prompts", f"model {model.name} has no tokenizer.json: use workload=synthetic")
-    return [tuple(tokenizer.encode(text).ids) for text in texts]
+    for text in texts:
+        if not is_text(text):
+            raise InputError("workload.prompt", ascii(text[:80]), "a text in UTF-8")
+    if not chat:
+        return [tuple(tokenizer.encode(text).ids) for text in texts]
+    template = model.chat_template
+    if template is None:
+        raise InputError("workload.chat", "true", f"false: model {model.name} has no chat template")
+    chats = [template.render([{"role": "user", "content": text}]) for text in texts]
+    prompts = [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in chats]
+    if not all(prompts):
+        raise InputError("workload.chat", "true", f"false: the chat template of model {model.name} wrote nothing")
+    return prompts
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: no lone surrogates."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n")
     except OSError as error:
         raise InputError("workload.file", path, f"a readable text file ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -10,17 +10,25 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Storage of an IEEE half.
+struct f16 {
+  uint16_t bits;
+};
+
 constexpr int kLayoutVersion = 1;  // checked when a session opens
 constexpr int kVirtualLanes = 32;  // every reduction runs over this many lanes and one fixed tree, whatever the team
 constexpr int kAttentionSpan = 256;  // keys an attention partial covers; absolute positions; the page size divides it
 constexpr int kMaxBlock = 16;  // most tokens one verify step may emit: 15 drafts and the bonus token
 constexpr int kMaxStopIds = 8;  // stop token ids a request may carry
+constexpr int kMaxLogprobs = 20;  // most likely tokens that are published beside a token, at most
+constexpr int kMaxTarget = 16;  // token ids of a target at most
+constexpr int kMaxBias = 1024;  // logit biases of a request at most
 constexpr int kLine = 128;  // bytes between words that different agents write
 
-enum class WeightType : int32_t { kBf16 = 0, kFp32 = 1 };
+enum class WeightType : int32_t { kBf16 = 0, kFp32 = 1, kFp16 = 2 };
 enum class SlotState : int32_t { kFree = 0, kPrefill = 1, kDecode = 2 };
 enum class EventKind : int32_t { kAdmitted = 0, kToken = 1, kFinished = 2 };
-enum class FinishReason : int32_t { kNone = 0, kEos = 1, kStop = 2, kLength = 3, kCancelled = 4, kError = 5 };
+enum class FinishReason : int32_t { kNone = 0, kEos = 1, kStop = 2, kLength = 3, kCancelled = 4, kError = 5, kTarget = 6 };
 enum class Proposer : int32_t { kNone = 0, kNgram = 1, kOracle = 2 };
 enum class Acceptance : int32_t { kKeyed = 0, kGreedy = 1, kForced = 2 };
 enum class AbortReason : int32_t { kNone = 0, kHost = 1, kBarrierTimeout = 2, kPageDoubleAllocation = 3, kPageDoubleFree = 4, kPageConservation = 5, kNoFreePage = 6 };
@@ -33,10 +41,11 @@ enum class Phase : int32_t {
   kGateUp = 4,  // norm, gate and up projections, SiLU
   kDown = 5,  // down projection, residual
   kLmHead = 6,  // final norm, logits, keyed sampling as a running maximum
-  kControl = 7,  // one team: verify, commit, publish, admit, draft, plan the next step
+  kFilter = 7,  // rows with top-k, top-p, min-p or logprobs only: threshold, keyed maximum of what is kept
+  kControl = 8,  // one team: verify, commit, publish, admit, draft, plan the next step
 };
-constexpr int kPhases = 8;
-#define XL_FORWARD_PHASES(X) X(embed, kEmbed) X(qkv, kQkv) X(attend, kAttend) X(output, kOutput) X(gate_up, kGateUp) X(down, kDown) X(lm_head, kLmHead)
+constexpr int kPhases = 9;
+#define XL_FORWARD_PHASES(X) X(embed, kEmbed) X(qkv, kQkv) X(attend, kAttend) X(output, kOutput) X(gate_up, kGateUp) X(down, kDown) X(lm_head, kLmHead) X(filter, kFilter)
 constexpr int kFirstLayerPhase = 1;
 constexpr int kLastLayerPhase = 5;
 
@@ -48,11 +57,12 @@ struct Dims {
   int32_t num_hidden_layers;  // layers
   int32_t num_attention_heads;  // query heads
   int32_t num_key_value_heads;  // divides num_attention_heads
-  int32_t head_dim;  // 64 or 128
+  int32_t head_dim;  // multiple of 16
+  int32_t head_stride;  // head_dim up to a multiple of 32: how q, pages and partials hold a head
   int32_t page_size;  // tokens a KV page holds; divides 256
   float rms_norm_eps;
 };
-static_assert(sizeof(Dims) == 36, "Dims");
+static_assert(sizeof(Dims) == 40, "Dims");
 static_assert(offsetof(Dims, vocab_size) == 0, "Dims.vocab_size");
 static_assert(offsetof(Dims, hidden_size) == 4, "Dims.hidden_size");
 static_assert(offsetof(Dims, intermediate_size) == 8, "Dims.intermediate_size");
@@ -60,10 +70,11 @@ static_assert(offsetof(Dims, num_hidden_layers) == 12, "Dims.num_hidden_layers")
 static_assert(offsetof(Dims, num_attention_heads) == 16, "Dims.num_attention_heads");
 static_assert(offsetof(Dims, num_key_value_heads) == 20, "Dims.num_key_value_heads");
 static_assert(offsetof(Dims, head_dim) == 24, "Dims.head_dim");
-static_assert(offsetof(Dims, page_size) == 28, "Dims.page_size");
-static_assert(offsetof(Dims, rms_norm_eps) == 32, "Dims.rms_norm_eps");
+static_assert(offsetof(Dims, head_stride) == 28, "Dims.head_stride");
+static_assert(offsetof(Dims, page_size) == 32, "Dims.page_size");
+static_assert(offsetof(Dims, rms_norm_eps) == 36, "Dims.rms_norm_eps");
 
-// One layer. Matrices are row-major [out, in] in the storage type of the model; norm vectors are float.
+// One layer. Matrices are row-major [out, in] in the storage type of the model; norm vectors and biases are float.
 struct LayerWeights {
   const float* input_layernorm;  // [hidden_size]
   const void* q_proj;  // [num_attention_heads * head_dim, hidden_size]
@@ -74,8 +85,15 @@ struct LayerWeights {
   const void* gate_proj;  // [intermediate_size, hidden_size]
   const void* up_proj;  // [intermediate_size, hidden_size]
   const void* down_proj;  // [hidden_size, intermediate_size]
+  const float* q_bias;  // [num_attention_heads * head_dim]; null: none
+  const float* k_bias;  // [num_key_value_heads * head_dim]; null: none
+  const float* v_bias;  // [num_key_value_heads * head_dim]; null: none
+  const float* o_bias;  // [hidden_size]; null: none
+  const float* gate_bias;  // [intermediate_size]; null: none
+  const float* up_bias;  // [intermediate_size]; null: none
+  const float* down_bias;  // [hidden_size]; null: none
 };
-static_assert(sizeof(LayerWeights) == 72, "LayerWeights");
+static_assert(sizeof(LayerWeights) == 128, "LayerWeights");
 static_assert(offsetof(LayerWeights, input_layernorm) == 0, "LayerWeights.input_layernorm");
 static_assert(offsetof(LayerWeights, q_proj) == 8, "LayerWeights.q_proj");
 static_assert(offsetof(LayerWeights, k_proj) == 16, "LayerWeights.k_proj");
@@ -85,6 +103,13 @@ static_assert(offsetof(LayerWeights, post_attention_layernorm) == 40, "LayerWeig
 static_assert(offsetof(LayerWeights, gate_proj) == 48, "LayerWeights.gate_proj");
 static_assert(offsetof(LayerWeights, up_proj) == 56, "LayerWeights.up_proj");
 static_assert(offsetof(LayerWeights, down_proj) == 64, "LayerWeights.down_proj");
+static_assert(offsetof(LayerWeights, q_bias) == 72, "LayerWeights.q_bias");
+static_assert(offsetof(LayerWeights, k_bias) == 80, "LayerWeights.k_bias");
+static_assert(offsetof(LayerWeights, v_bias) == 88, "LayerWeights.v_bias");
+static_assert(offsetof(LayerWeights, o_bias) == 96, "LayerWeights.o_bias");
+static_assert(offsetof(LayerWeights, gate_bias) == 104, "LayerWeights.gate_bias");
+static_assert(offsetof(LayerWeights, up_bias) == 112, "LayerWeights.up_bias");
+static_assert(offsetof(LayerWeights, down_bias) == 120, "LayerWeights.down_bias");
 
 // A request as the host writes it into the submission ring; its tokens lie in the prompt ring.
 struct Submission {
@@ -92,14 +117,24 @@ struct Submission {
   uint64_t prompt_begin;  // running index of its first token in the prompt ring
   uint64_t seed;  // key of its sampling noise
   int32_t prompt_len;  // tokens, >= 1
-  int32_t oracle_len;  // right answers that follow the prompt in the prompt ring; 0 if none
+  int32_t oracle_len;  // right answers behind the prompt in the prompt ring; n_bias pairs (id, float) follow
   int32_t max_new_tokens;  // >= 1; prompt_len + max_new_tokens <= Params.max_len
   int32_t ignore_eos;  // 0 or 1; end-of-sequence ids are not stop ids, they are Params.eos_ids
   int32_t n_stop_ids;  // 0..kMaxStopIds
   float temperature;  // 0: greedy
+  int32_t top_k;  // 0: off
+  float top_p;  // 1: off
+  float min_p;  // 0: off
+  float repetition_penalty;  // 1: off
+  float presence_penalty;  // 0: off
+  float frequency_penalty;  // 0: off
+  int32_t n_logprobs;  // 0..kMaxLogprobs most likely tokens to publish beside each token; -1: none
+  int32_t n_bias;  // logit biases
+  int32_t n_target;  // 0..kMaxTarget; 0: none
+  int32_t target[16];  // token ids; the request ends when its output ends with them
   int32_t stop_ids[8];  // token ids that end the output; the token itself is part of it
 };
-static_assert(sizeof(Submission) == 80, "Submission");
+static_assert(sizeof(Submission) == 184, "Submission");
 static_assert(offsetof(Submission, request_id) == 0, "Submission.request_id");
 static_assert(offsetof(Submission, prompt_begin) == 8, "Submission.prompt_begin");
 static_assert(offsetof(Submission, seed) == 16, "Submission.seed");
@@ -109,7 +144,17 @@ static_assert(offsetof(Submission, max_new_tokens) == 32, "Submission.max_new_to
 static_assert(offsetof(Submission, ignore_eos) == 36, "Submission.ignore_eos");
 static_assert(offsetof(Submission, n_stop_ids) == 40, "Submission.n_stop_ids");
 static_assert(offsetof(Submission, temperature) == 44, "Submission.temperature");
-static_assert(offsetof(Submission, stop_ids) == 48, "Submission.stop_ids");
+static_assert(offsetof(Submission, top_k) == 48, "Submission.top_k");
+static_assert(offsetof(Submission, top_p) == 52, "Submission.top_p");
+static_assert(offsetof(Submission, min_p) == 56, "Submission.min_p");
+static_assert(offsetof(Submission, repetition_penalty) == 60, "Submission.repetition_penalty");
+static_assert(offsetof(Submission, presence_penalty) == 64, "Submission.presence_penalty");
+static_assert(offsetof(Submission, frequency_penalty) == 68, "Submission.frequency_penalty");
+static_assert(offsetof(Submission, n_logprobs) == 72, "Submission.n_logprobs");
+static_assert(offsetof(Submission, n_bias) == 76, "Submission.n_bias");
+static_assert(offsetof(Submission, n_target) == 80, "Submission.n_target");
+static_assert(offsetof(Submission, target) == 84, "Submission.target");
+static_assert(offsetof(Submission, stop_ids) == 148, "Submission.stop_ids");
 
 // What the device publishes about a request, in order, in the event ring.
 struct Event {
@@ -121,9 +166,11 @@ struct Event {
   int32_t output_index;  // TOKEN: 0 for the first output token; FINISHED: number of output tokens
   int32_t reason;  // FINISHED: FinishReason
   int32_t n_drafts;  // first TOKEN of a verification: drafts verified; else -1
-  int32_t n_accepted;  // first TOKEN of a verification: drafts accepted; else -1
+  int32_t n_accepted;  // likewise, accepted; the last token of an output is not counted
+  int32_t n_logprobs;  // TOKEN: -1, or Params.logprobs has an entry at the same place of the ring
+  int32_t reserved;  // 0
 };
-static_assert(sizeof(Event) == 48, "Event");
+static_assert(sizeof(Event) == 56, "Event");
 static_assert(offsetof(Event, request_id) == 0, "Event.request_id");
 static_assert(offsetof(Event, step) == 8, "Event.step");
 static_assert(offsetof(Event, device_ns) == 16, "Event.device_ns");
@@ -133,6 +180,23 @@ static_assert(offsetof(Event, output_index) == 32, "Event.output_index");
 static_assert(offsetof(Event, reason) == 36, "Event.reason");
 static_assert(offsetof(Event, n_drafts) == 40, "Event.n_drafts");
 static_assert(offsetof(Event, n_accepted) == 44, "Event.n_accepted");
+static_assert(offsetof(Event, n_logprobs) == 48, "Event.n_logprobs");
+static_assert(offsetof(Event, reserved) == 52, "Event.reserved");
+
+// Log-probabilities of the model's own logits at one position, before bias, penalties and temperature.
+struct Logprobs {
+  int32_t n;  // valid entries of ids and values; -1: none were asked for
+  float token;  // of the token that was emitted
+  float log_sum;  // log of the sum of exp(logit)
+  int32_t ids[20];  // most likely first; ties by id
+  float values[20];
+};
+static_assert(sizeof(Logprobs) == 172, "Logprobs");
+static_assert(offsetof(Logprobs, n) == 0, "Logprobs.n");
+static_assert(offsetof(Logprobs, token) == 4, "Logprobs.token");
+static_assert(offsetof(Logprobs, log_sum) == 8, "Logprobs.log_sum");
+static_assert(offsetof(Logprobs, ids) == 12, "Logprobs.ids");
+static_assert(offsetof(Logprobs, values) == 92, "Logprobs.values");
 
 // What a step did and the state it left, published in the step ring when it was committed.
 struct StepRecord {
@@ -154,13 +218,13 @@ struct StepRecord {
   int32_t pages_free;  // while the step ran
   int32_t pages_active;  // hold or will hold committed tokens
   int32_t pages_draft;  // hold unverified tokens only
-  int32_t pages_locked;  // part of active and draft that a row of the step refers to
+  int32_t pages_locked;  // part of active that belongs to requests with rows in the step
   int32_t context_tokens;  // tokens whose K and V the step had to read, once a request, its own rows included
   int32_t live_tokens;  // committed tokens whose K and V are stored, after the step
   int32_t live_pages;  // pages that hold them, after the step
-  uint32_t phase_ns[8];  // device time a phase took, barrier included, summed over layers
+  uint64_t phase_ns[9];  // device time a phase took, barrier included, summed over layers
 };
-static_assert(sizeof(StepRecord) == 136, "StepRecord");
+static_assert(sizeof(StepRecord) == 176, "StepRecord");
 static_assert(offsetof(StepRecord, step) == 0, "StepRecord.step");
 static_assert(offsetof(StepRecord, begin_ns) == 8, "StepRecord.begin_ns");
 static_assert(offsetof(StepRecord, end_ns) == 16, "StepRecord.end_ns");
@@ -183,7 +247,7 @@ static_assert(offsetof(StepRecord, pages_locked) == 84, "StepRecord.pages_locked
 static_assert(offsetof(StepRecord, context_tokens) == 88, "StepRecord.context_tokens");
 static_assert(offsetof(StepRecord, live_tokens) == 92, "StepRecord.live_tokens");
 static_assert(offsetof(StepRecord, live_pages) == 96, "StepRecord.live_pages");
-static_assert(offsetof(StepRecord, phase_ns) == 100, "StepRecord.phase_ns");
+static_assert(offsetof(StepRecord, phase_ns) == 104, "StepRecord.phase_ns");
 
 // One token of the ragged step.
 struct Row {
@@ -204,6 +268,7 @@ struct Step {
   uint64_t begin_ns;  // device clock when it was planned
   int32_t n_rows;  // 0: nothing to do
   int32_t n_sample_rows;
+  int32_t n_filter_rows;  // sampled rows of slots that are filtered; 0: the filter phase is left out
   int32_t n_prefill_rows;
   int32_t n_decode_rows;
   int32_t n_draft_rows;
@@ -211,17 +276,18 @@ struct Step {
   int32_t n_decode;  // requests
   int32_t leave;  // 1: the loop leaves instead of running a step
 };
-static_assert(sizeof(Step) == 48, "Step");
+static_assert(sizeof(Step) == 56, "Step");
 static_assert(offsetof(Step, step) == 0, "Step.step");
 static_assert(offsetof(Step, begin_ns) == 8, "Step.begin_ns");
 static_assert(offsetof(Step, n_rows) == 16, "Step.n_rows");
 static_assert(offsetof(Step, n_sample_rows) == 20, "Step.n_sample_rows");
-static_assert(offsetof(Step, n_prefill_rows) == 24, "Step.n_prefill_rows");
-static_assert(offsetof(Step, n_decode_rows) == 28, "Step.n_decode_rows");
-static_assert(offsetof(Step, n_draft_rows) == 32, "Step.n_draft_rows");
-static_assert(offsetof(Step, n_prefill) == 36, "Step.n_prefill");
-static_assert(offsetof(Step, n_decode) == 40, "Step.n_decode");
-static_assert(offsetof(Step, leave) == 44, "Step.leave");
+static_assert(offsetof(Step, n_filter_rows) == 24, "Step.n_filter_rows");
+static_assert(offsetof(Step, n_prefill_rows) == 28, "Step.n_prefill_rows");
+static_assert(offsetof(Step, n_decode_rows) == 32, "Step.n_decode_rows");
+static_assert(offsetof(Step, n_draft_rows) == 36, "Step.n_draft_rows");
+static_assert(offsetof(Step, n_prefill) == 40, "Step.n_prefill");
+static_assert(offsetof(Step, n_decode) == 44, "Step.n_decode");
+static_assert(offsetof(Step, leave) == 48, "Step.leave");
 
 // The device's state of one running request. Its tokens are Params.tokens[slot], prompt then output.
 struct Slot {
@@ -234,7 +300,20 @@ struct Slot {
   int32_t max_new_tokens;
   int32_t ignore_eos;
   int32_t n_stop_ids;
-  float temperature;
+  float temperature;  // 0: greedy
+  int32_t top_k;  // 0: off
+  float top_p;  // 1: off
+  float min_p;  // 0: off
+  float repetition_penalty;  // 1: off
+  float presence_penalty;  // 0: off
+  float frequency_penalty;  // 0: off
+  int32_t n_logprobs;  // 0..kMaxLogprobs most likely tokens to publish beside each token; -1: none
+  int32_t n_bias;  // logit biases
+  int32_t n_target;  // 0..kMaxTarget; 0: none
+  int32_t target[16];  // token ids; the request ends when its output ends with them
+  int32_t adjusted;  // 1: its logits get a bias or penalties
+  int32_t penalized;  // 1: Params.counts[slot] is kept
+  int32_t filtered;  // 1: its sampled rows go through the filter phase
   int32_t stop_ids[8];
   int32_t oracle_len;  // valid entries of Params.oracle[slot]
   int32_t n_pages;  // entries of Params.page_table[slot]
@@ -247,7 +326,7 @@ struct Slot {
   int32_t drafts[16];  // proposed tokens
   int32_t emitted[16];  // token ids
 };
-static_assert(sizeof(Slot) == 240, "Slot");
+static_assert(sizeof(Slot) == 352, "Slot");
 static_assert(offsetof(Slot, request_id) == 0, "Slot.request_id");
 static_assert(offsetof(Slot, seed) == 8, "Slot.seed");
 static_assert(offsetof(Slot, state) == 16, "Slot.state");
@@ -258,17 +337,30 @@ static_assert(offsetof(Slot, max_new_tokens) == 32, "Slot.max_new_tokens");
 static_assert(offsetof(Slot, ignore_eos) == 36, "Slot.ignore_eos");
 static_assert(offsetof(Slot, n_stop_ids) == 40, "Slot.n_stop_ids");
 static_assert(offsetof(Slot, temperature) == 44, "Slot.temperature");
-static_assert(offsetof(Slot, stop_ids) == 48, "Slot.stop_ids");
-static_assert(offsetof(Slot, oracle_len) == 80, "Slot.oracle_len");
-static_assert(offsetof(Slot, n_pages) == 84, "Slot.n_pages");
-static_assert(offsetof(Slot, reserved_pages) == 88, "Slot.reserved_pages");
-static_assert(offsetof(Slot, row_begin) == 92, "Slot.row_begin");
-static_assert(offsetof(Slot, row_count) == 96, "Slot.row_count");
-static_assert(offsetof(Slot, n_drafts) == 100, "Slot.n_drafts");
-static_assert(offsetof(Slot, n_accepted) == 104, "Slot.n_accepted");
-static_assert(offsetof(Slot, n_emitted) == 108, "Slot.n_emitted");
-static_assert(offsetof(Slot, drafts) == 112, "Slot.drafts");
-static_assert(offsetof(Slot, emitted) == 176, "Slot.emitted");
+static_assert(offsetof(Slot, top_k) == 48, "Slot.top_k");
+static_assert(offsetof(Slot, top_p) == 52, "Slot.top_p");
+static_assert(offsetof(Slot, min_p) == 56, "Slot.min_p");
+static_assert(offsetof(Slot, repetition_penalty) == 60, "Slot.repetition_penalty");
+static_assert(offsetof(Slot, presence_penalty) == 64, "Slot.presence_penalty");
+static_assert(offsetof(Slot, frequency_penalty) == 68, "Slot.frequency_penalty");
+static_assert(offsetof(Slot, n_logprobs) == 72, "Slot.n_logprobs");
+static_assert(offsetof(Slot, n_bias) == 76, "Slot.n_bias");
+static_assert(offsetof(Slot, n_target) == 80, "Slot.n_target");
+static_assert(offsetof(Slot, target) == 84, "Slot.target");
+static_assert(offsetof(Slot, adjusted) == 148, "Slot.adjusted");
+static_assert(offsetof(Slot, penalized) == 152, "Slot.penalized");
+static_assert(offsetof(Slot, filtered) == 156, "Slot.filtered");
+static_assert(offsetof(Slot, stop_ids) == 160, "Slot.stop_ids");
+static_assert(offsetof(Slot, oracle_len) == 192, "Slot.oracle_len");
+static_assert(offsetof(Slot, n_pages) == 196, "Slot.n_pages");
+static_assert(offsetof(Slot, reserved_pages) == 200, "Slot.reserved_pages");
+static_assert(offsetof(Slot, row_begin) == 204, "Slot.row_begin");
+static_assert(offsetof(Slot, row_count) == 208, "Slot.row_count");
+static_assert(offsetof(Slot, n_drafts) == 212, "Slot.n_drafts");
+static_assert(offsetof(Slot, n_accepted) == 216, "Slot.n_accepted");
+static_assert(offsetof(Slot, n_emitted) == 220, "Slot.n_emitted");
+static_assert(offsetof(Slot, drafts) == 224, "Slot.drafts");
+static_assert(offsetof(Slot, emitted) == 288, "Slot.emitted");
 
 // Scalars of the control plane; only the controlling team touches them.
 struct LoopState {
@@ -283,9 +375,9 @@ struct LoopState {
   int32_t n_order;  // running requests: entries of Params.order, oldest first
   int32_t admitted_slot;  // slot whose tokens the team copies; -1: none
   int32_t draft_rows;  // rows that drafts of the next step may take; -1: no step can be planned now
-  uint32_t phase_ns[8];  // of the step in flight
+  uint64_t phase_ns[9];  // of the step in flight
 };
-static_assert(sizeof(LoopState) == 104, "LoopState");
+static_assert(sizeof(LoopState) == 144, "LoopState");
 static_assert(offsetof(LoopState, n_steps) == 0, "LoopState.n_steps");
 static_assert(offsetof(LoopState, prompt_head) == 8, "LoopState.prompt_head");
 static_assert(offsetof(LoopState, submit_head) == 16, "LoopState.submit_head");
@@ -297,7 +389,7 @@ static_assert(offsetof(LoopState, n_reserved_pages) == 52, "LoopState.n_reserved
 static_assert(offsetof(LoopState, n_order) == 56, "LoopState.n_order");
 static_assert(offsetof(LoopState, admitted_slot) == 60, "LoopState.admitted_slot");
 static_assert(offsetof(LoopState, draft_rows) == 64, "LoopState.draft_rows");
-static_assert(offsetof(LoopState, phase_ns) == 68, "LoopState.phase_ns");
+static_assert(offsetof(LoopState, phase_ns) == 72, "LoopState.phase_ns");
 
 // Words that host and device write for each other; each writer's words share no line with another's.
 struct Mailbox {
@@ -353,16 +445,21 @@ struct Params {
   const LayerWeights* layers;  // [num_hidden_layers]
   const double* inv_freq;  // RoPE frequencies, [head_dim / 2]
   const int32_t* eos_ids;  // [n_eos_ids]
-  void* kv;  // [layers, pages, 2 (K, V), num_key_value_heads, page_size, head_dim]
+  void* kv;  // [layers, pages, 2 (K, V), num_key_value_heads, page_size, head_stride]
   float* x;  // residual stream, [max_rows, hidden_size]
-  float* q;  // rotated queries, [max_rows, num_attention_heads * head_dim]
+  float* q;  // rotated queries, [max_rows, num_attention_heads, head_stride]
   float* span_max;  // largest score, [max_rows, num_attention_heads, max_spans]
   float* span_sum;  // sum of exp(score - max), the same shape
-  float* span_acc;  // weighted V, [max_rows, num_attention_heads, max_spans, head_dim]
+  float* span_acc;  // weighted V, [max_rows, num_attention_heads, max_spans, head_stride]
   float* act;  // SiLU(gate) * up, [max_rows, intermediate_size]
   float* rope;  // cosines then sines, [max_rows, 2, head_dim / 2]
   uint64_t* best;  // packed (value, ~token) maxima: keyed sample, argmax; [max_rows, 2]
   float* logits;  // null, or [max_len, vocab_size] by position, of slot 0 (tests)
+  float* processed;  // logits after bias and penalties of filtered rows, [max_rows, vocab_size] by sampled row
+  float* raw;  // the model's own logits, where logprobs are asked for; the same shape
+  Logprobs* row_logprobs;  // by sampled row, [max_rows]
+  int32_t* counts;  // of output tokens, kSeenInPrompt added for the prompt's; [max_slots, vocab_size]
+  float* bias;  // [max_slots, vocab_size]
   float* scratch;  // CPU only: [teams, scratch_floats]; the GPU has shared memory
   Mailbox* mailbox;
   GridState* grid;
@@ -371,6 +468,7 @@ struct Params {
   uint64_t* cancels;  // request ids, [submission_capacity]
   uint8_t* cancelled;  // device's marks on waiting submissions, [submission_capacity]
   Event* events;  // [event_capacity]
+  Logprobs* logprobs;  // beside `events`, of TOKEN events whose request asks for them; [event_capacity]
   StepRecord* step_records;  // [step_capacity]
   LoopState* state;
   Step* step;
@@ -407,7 +505,7 @@ struct Params {
   int32_t mismatch_stride;  // oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never
   int32_t forced_stride;  // forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0
 };
-static_assert(sizeof(Params) == 392, "Params");
+static_assert(sizeof(Params) == 440, "Params");
 static_assert(offsetof(Params, embed_tokens) == 0, "Params.embed_tokens");
 static_assert(offsetof(Params, lm_head) == 8, "Params.lm_head");
 static_assert(offsetof(Params, norm) == 16, "Params.norm");
@@ -424,49 +522,55 @@ static_assert(offsetof(Params, act) == 96, "Params.act");
 static_assert(offsetof(Params, rope) == 104, "Params.rope");
 static_assert(offsetof(Params, best) == 112, "Params.best");
 static_assert(offsetof(Params, logits) == 120, "Params.logits");
-static_assert(offsetof(Params, scratch) == 128, "Params.scratch");
-static_assert(offsetof(Params, mailbox) == 136, "Params.mailbox");
-static_assert(offsetof(Params, grid) == 144, "Params.grid");
-static_assert(offsetof(Params, submissions) == 152, "Params.submissions");
-static_assert(offsetof(Params, prompts) == 160, "Params.prompts");
-static_assert(offsetof(Params, cancels) == 168, "Params.cancels");
-static_assert(offsetof(Params, cancelled) == 176, "Params.cancelled");
-static_assert(offsetof(Params, events) == 184, "Params.events");
-static_assert(offsetof(Params, step_records) == 192, "Params.step_records");
-static_assert(offsetof(Params, state) == 200, "Params.state");
-static_assert(offsetof(Params, step) == 208, "Params.step");
-static_assert(offsetof(Params, record) == 216, "Params.record");
-static_assert(offsetof(Params, rows) == 224, "Params.rows");
-static_assert(offsetof(Params, sample_rows) == 232, "Params.sample_rows");
-static_assert(offsetof(Params, slots) == 240, "Params.slots");
-static_assert(offsetof(Params, order) == 248, "Params.order");
-static_assert(offsetof(Params, tokens) == 256, "Params.tokens");
-static_assert(offsetof(Params, oracle) == 264, "Params.oracle");
-static_assert(offsetof(Params, page_table) == 272, "Params.page_table");
-static_assert(offsetof(Params, free_pages) == 280, "Params.free_pages");
-static_assert(offsetof(Params, page_owner) == 288, "Params.page_owner");
-static_assert(offsetof(Params, spin_deadline_ns) == 296, "Params.spin_deadline_ns");
-static_assert(offsetof(Params, version) == 304, "Params.version");
-static_assert(offsetof(Params, max_rows) == 308, "Params.max_rows");
-static_assert(offsetof(Params, max_slots) == 312, "Params.max_slots");
-static_assert(offsetof(Params, max_len) == 316, "Params.max_len");
-static_assert(offsetof(Params, max_spans) == 320, "Params.max_spans");
-static_assert(offsetof(Params, max_slot_pages) == 324, "Params.max_slot_pages");
-static_assert(offsetof(Params, n_pages) == 328, "Params.n_pages");
-static_assert(offsetof(Params, n_eos_ids) == 332, "Params.n_eos_ids");
-static_assert(offsetof(Params, scratch_floats) == 336, "Params.scratch_floats");
-static_assert(offsetof(Params, submission_capacity) == 340, "Params.submission_capacity");
-static_assert(offsetof(Params, prompt_capacity) == 344, "Params.prompt_capacity");
-static_assert(offsetof(Params, event_capacity) == 348, "Params.event_capacity");
-static_assert(offsetof(Params, step_capacity) == 352, "Params.step_capacity");
-static_assert(offsetof(Params, prefill_chunk) == 356, "Params.prefill_chunk");
-static_assert(offsetof(Params, block) == 360, "Params.block");
-static_assert(offsetof(Params, proposer) == 364, "Params.proposer");
-static_assert(offsetof(Params, acceptance) == 368, "Params.acceptance");
-static_assert(offsetof(Params, ngram_min) == 372, "Params.ngram_min");
-static_assert(offsetof(Params, ngram_max) == 376, "Params.ngram_max");
-static_assert(offsetof(Params, mismatch_stride) == 380, "Params.mismatch_stride");
-static_assert(offsetof(Params, forced_stride) == 384, "Params.forced_stride");
+static_assert(offsetof(Params, processed) == 128, "Params.processed");
+static_assert(offsetof(Params, raw) == 136, "Params.raw");
+static_assert(offsetof(Params, row_logprobs) == 144, "Params.row_logprobs");
+static_assert(offsetof(Params, counts) == 152, "Params.counts");
+static_assert(offsetof(Params, bias) == 160, "Params.bias");
+static_assert(offsetof(Params, scratch) == 168, "Params.scratch");
+static_assert(offsetof(Params, mailbox) == 176, "Params.mailbox");
+static_assert(offsetof(Params, grid) == 184, "Params.grid");
+static_assert(offsetof(Params, submissions) == 192, "Params.submissions");
+static_assert(offsetof(Params, prompts) == 200, "Params.prompts");
+static_assert(offsetof(Params, cancels) == 208, "Params.cancels");
+static_assert(offsetof(Params, cancelled) == 216, "Params.cancelled");
+static_assert(offsetof(Params, events) == 224, "Params.events");
+static_assert(offsetof(Params, logprobs) == 232, "Params.logprobs");
+static_assert(offsetof(Params, step_records) == 240, "Params.step_records");
+static_assert(offsetof(Params, state) == 248, "Params.state");
+static_assert(offsetof(Params, step) == 256, "Params.step");
+static_assert(offsetof(Params, record) == 264, "Params.record");
+static_assert(offsetof(Params, rows) == 272, "Params.rows");
+static_assert(offsetof(Params, sample_rows) == 280, "Params.sample_rows");
+static_assert(offsetof(Params, slots) == 288, "Params.slots");
+static_assert(offsetof(Params, order) == 296, "Params.order");
+static_assert(offsetof(Params, tokens) == 304, "Params.tokens");
+static_assert(offsetof(Params, oracle) == 312, "Params.oracle");
+static_assert(offsetof(Params, page_table) == 320, "Params.page_table");
+static_assert(offsetof(Params, free_pages) == 328, "Params.free_pages");
+static_assert(offsetof(Params, page_owner) == 336, "Params.page_owner");
+static_assert(offsetof(Params, spin_deadline_ns) == 344, "Params.spin_deadline_ns");
+static_assert(offsetof(Params, version) == 352, "Params.version");
+static_assert(offsetof(Params, max_rows) == 356, "Params.max_rows");
+static_assert(offsetof(Params, max_slots) == 360, "Params.max_slots");
+static_assert(offsetof(Params, max_len) == 364, "Params.max_len");
+static_assert(offsetof(Params, max_spans) == 368, "Params.max_spans");
+static_assert(offsetof(Params, max_slot_pages) == 372, "Params.max_slot_pages");
+static_assert(offsetof(Params, n_pages) == 376, "Params.n_pages");
+static_assert(offsetof(Params, n_eos_ids) == 380, "Params.n_eos_ids");
+static_assert(offsetof(Params, scratch_floats) == 384, "Params.scratch_floats");
+static_assert(offsetof(Params, submission_capacity) == 388, "Params.submission_capacity");
+static_assert(offsetof(Params, prompt_capacity) == 392, "Params.prompt_capacity");
+static_assert(offsetof(Params, event_capacity) == 396, "Params.event_capacity");
+static_assert(offsetof(Params, step_capacity) == 400, "Params.step_capacity");
+static_assert(offsetof(Params, prefill_chunk) == 404, "Params.prefill_chunk");
+static_assert(offsetof(Params, block) == 408, "Params.block");
+static_assert(offsetof(Params, proposer) == 412, "Params.proposer");
+static_assert(offsetof(Params, acceptance) == 416, "Params.acceptance");
+static_assert(offsetof(Params, ngram_min) == 420, "Params.ngram_min");
+static_assert(offsetof(Params, ngram_max) == 424, "Params.ngram_max");
+static_assert(offsetof(Params, mismatch_stride) == 428, "Params.mismatch_stride");
+static_assert(offsetof(Params, forced_stride) == 432, "Params.forced_stride");
 
 #if defined(XL_VOCAB_SIZE)
 // The model's dimensions as compile-time constants, from -D definitions (see toolchain.dims_defines).
@@ -480,6 +584,7 @@ struct ModelDims {
   static constexpr int32_t num_attention_heads = XL_NUM_ATTENTION_HEADS;
   static constexpr int32_t num_key_value_heads = XL_NUM_KEY_VALUE_HEADS;
   static constexpr int32_t head_dim = XL_HEAD_DIM;
+  static constexpr int32_t head_stride = XL_HEAD_STRIDE;
   static constexpr int32_t page_size = XL_PAGE_SIZE;
   static constexpr float rms_norm_eps = XL_RMS_NORM_EPS;
 };

@@ -10,10 +10,27 @@ namespace xl {
 
 XL_FN int spans_of(int position) { return position / kAttentionSpan + 1; }
 
-// Where the partial of (row, query head, span) lies in span_max and span_sum; times head_dim in span_acc.
+// Where the partial of (row, query head, span) lies in span_max and span_sum; times head_stride in span_acc.
 template <class Dims>
 XL_FN size_t partial_at(const Params& p, const Dims& d, int row, int head, int span) {
   return (size_t(row) * d.num_attention_heads + head) * p.max_spans + span;
+}
+
+// out(g)[i] = sum over keys of scores[g, j] * V[j, i], keys in ascending order, for G query heads from `first` on: each value is
+// read once for all of them.
+template <int G, class Team, class Pages, class Out>
+XL_FN void weigh_values(Team& team, const Pages& pages, int width, int begin, int count, int kv_head, const float* scores,
+                        int first, Out out) {
+  using Chunk = typename Team::Chunk;
+  for (int i = 0; i < width; i += kVirtualLanes) {
+    Chunk acc[G];
+    for (int g = 0; g < G; ++g) acc[g] = Chunk::all(0.0f);
+    for (int j = 0; j < count; ++j) {
+      const Chunk value = Chunk::load(pages.at(begin + j, KvPart::kValue, kv_head) + i, team.lane());
+      for (int g = 0; g < G; ++g) acc[g] = fma(Chunk::all(scores[(first + g) * kAttentionSpan + j]), value, acc[g]);
+    }
+    for (int g = 0; g < G; ++g) acc[g].store(out(first + g) + i, team.lane());
+  }
 }
 
 // One warp: scores of the group's query heads against the span's keys, their softmax partial, the weighted values.
@@ -26,13 +43,14 @@ XL_FN void attend_span(Team& team, const Params& p, const Dims& d, int layer, in
   const int group = d.num_attention_heads / d.num_key_value_heads, first_head = kv_head * group;
   const int begin = span * kAttentionSpan;
   const int count = row.position + 1 - begin < kAttentionSpan ? row.position + 1 - begin : kAttentionSpan;
-  const float* q = p.q + (size_t(r) * d.num_attention_heads + first_head) * d.head_dim;
+  const float* q = p.q + (size_t(r) * d.num_attention_heads + first_head) * d.head_stride;
   const float scale = 1.0f / sqrt_(float(d.head_dim));
 
-  for (int j = 0; j < count; ++j)
-    dot_rows(team, pages.at(begin + j, KvPart::kKey, kv_head), q, d.head_dim, d.head_dim, group, [&](int g, float score) {
-      if (team.lane() == 0) scores[g * kAttentionSpan + j] = score * scale;
-    });
+  const auto key = [&](int, int j) -> const typename Dims::Cache* { return pages.at(begin + j, KvPart::kKey, kv_head); };
+  dot_tiles<1>(team, key, 0, count, q, d.head_stride, d.head_stride, group, [&](int j, int width, int g, const auto& values) {
+    if (team.lane() != 0) return;
+    for (int i = 0; i < width; ++i) scores[g * kAttentionSpan + j + i] = values[0][i] * scale;
+  });
   team.warp_sync();
 
   for (int g = 0; g < group; ++g) {
@@ -43,7 +61,9 @@ XL_FN void attend_span(Team& team, const Params& p, const Dims& d, int layer, in
     team.warp_sync();  // every lane read own[0]; a shuffle alone orders no memory
     // Zeros behind the last key keep whole chunks, and add nothing.
     const int padded = (count + kVirtualLanes - 1) / kVirtualLanes * kVirtualLanes;
-    for (int j = team.lane(); j < padded; j += Team::lanes) own[j] = j < count ? exp_(own[j] - largest) : 0.0f;
+    // Two loops: g++ makes vectors of an exp that is not conditional.
+    for (int j = team.lane(); j < padded; j += Team::lanes) own[j] = exp_(own[j] - largest);
+    for (int j = team.lane(); j < padded; j += Team::lanes) own[j] = j < count ? own[j] : 0.0f;
     team.warp_sync();
     Chunk total = Chunk::all(0.0f);
     const Chunk one = Chunk::all(1.0f);
@@ -54,13 +74,12 @@ XL_FN void attend_span(Team& team, const Params& p, const Dims& d, int layer, in
       p.span_max[at] = largest;
       p.span_sum[at] = sum;
     }
-    for (int i = 0; i < d.head_dim; i += kVirtualLanes) {
-      Chunk acc = Chunk::all(0.0f);
-      for (int j = 0; j < count; ++j)
-        acc = fma(Chunk::all(own[j]), Chunk::load(pages.at(begin + j, KvPart::kValue, kv_head) + i, team.lane()), acc);
-      acc.store(p.span_acc + at * d.head_dim + i, team.lane());
-    }
   }
+  int g = 0;
+  const auto out = [&](int head) { return p.span_acc + partial_at(p, d, r, first_head + head, span) * d.head_stride; };
+  for (; g + 4 <= group; g += 4) weigh_values<4>(team, pages, d.head_stride, begin, count, kv_head, scores, g, out);
+  for (; g + 2 <= group; g += 2) weigh_values<2>(team, pages, d.head_stride, begin, count, kv_head, scores, g, out);
+  for (; g < group; ++g) weigh_values<1>(team, pages, d.head_stride, begin, count, kv_head, scores, g, out);
   team.warp_sync();  // the next item overwrites `scores`
 }
 

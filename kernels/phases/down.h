@@ -11,11 +11,16 @@ XL_FN void phase_down(Team& team, const Grid& grid, const Params& p, const Dims&
   using W = typename Dims::Weight;
   const int ffn = d.intermediate_size;
   const RowMajor<W> matrix(p.layers[layer].down_proj, ffn);
-  const Range units = grid.share(team, d.hidden_size, 8);
-  for (int n = units.begin; n < units.end; ++n)
-    dot_rows(team, matrix.row(n), p.act, ffn, ffn, p.step->n_rows, [&](int r, float value) {
-      if (team.lane() == 0) p.x[size_t(r) * d.hidden_size + n] += value;
-    });
+  const float* bias = p.layers[layer].down_bias;
+  const Range units = grid.share(team, d.hidden_size, Team::tile > 8 ? Team::tile : 8);
+  dot_tiles<1>(
+      team, [&](int, int n) { return matrix.row(n); }, units.begin, units.end, p.act, ffn, ffn, p.step->n_rows,
+      [&](int n, int width, int r, auto& values) {
+        if (team.lane() != 0) return;
+        add_bias(values[0], bias, n, width);
+        float* x = p.x + size_t(r) * d.hidden_size + n;
+        for (int j = 0; j < width; ++j) x[j] += values[0][j];
+      });
 }
 
 }  // namespace xl

@@ -13,17 +13,22 @@ XL_FN void phase_gate_up(Team& team, const Grid& grid, const Params& p, const Di
   const int hidden = d.hidden_size, ffn = d.intermediate_size;
   const RowMajor<W> gate(weights.gate_proj, hidden), up(weights.up_proj, hidden);
   const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden, n_rows);
-  const Range units = grid.share(team, ffn, 4);
+  const Range units = grid.share(team, ffn, Team::tile > 4 ? Team::tile : 4);
   float* normed = team.scratch();
   for (int first = 0; first < n_rows; first += tile) {
     const int count = n_rows - first < tile ? n_rows - first : tile;
     stage_normed(
         team, [&](int r) { return p.x + size_t(first + r) * hidden; }, weights.post_attention_layernorm, d.rms_norm_eps,
         hidden, count, normed);
-    for (int n = units.begin; n < units.end; ++n)
-      dot_rows_pair(team, gate.row(n), up.row(n), normed, hidden, hidden, count, [&](int r, float g, float u) {
-        if (team.lane() == 0) p.act[size_t(first + r) * ffn + n] = silu(g) * u;
-      });
+    dot_tiles<2>(
+        team, [&](int m, int n) { return (m == 0 ? gate : up).row(n); }, units.begin, units.end, normed, hidden, hidden,
+        count, [&](int n, int width, int r, auto& values) {
+          if (team.lane() != 0) return;
+          add_bias(values[0], weights.gate_bias, n, width);
+          add_bias(values[1], weights.up_bias, n, width);
+          float* act = p.act + size_t(first + r) * ffn + n;
+          for (int j = 0; j < width; ++j) act[j] = silu(values[0][j]) * values[1][j];
+        });
     team.sync();  // the next tile overwrites `normed`
   }
 }

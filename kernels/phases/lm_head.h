@@ -1,6 +1,7 @@
 // lm_head: final norm and logits of the rows that are sampled; the sampler is a running maximum in its epilogue.
 #pragma once
 
+#include "penalties.h"
 #include "phases/norm.h"
 #include "sampling.h"
 #include "tiles.h"
@@ -16,7 +17,7 @@ XL_FN void phase_lm_head(Team& team, const Grid& grid, const Params& p, const Di
   const RowMajor<W> matrix(p.lm_head, hidden);
   const int per_row = hidden + Team::warps * 4;  // floats: a normed row, and two 64-bit maxima for each warp
   const int tile = rows_that_fit(p, per_row, n_sampled);
-  const Range units = grid.share(team, d.vocab_size, 8);
+  const Range units = grid.share(team, d.vocab_size, Team::tile > 8 ? Team::tile : 8);
   float* normed = team.scratch();
   for (int first = 0; first < n_sampled; first += tile) {
     const int count = n_sampled - first < tile ? n_sampled - first : tile;
@@ -25,18 +26,26 @@ XL_FN void phase_lm_head(Team& team, const Grid& grid, const Params& p, const Di
     stage_normed(
         team, [&](int r) { return p.x + size_t(p.sample_rows[first + r]) * hidden; }, p.norm, d.rms_norm_eps, hidden,
         count, normed);
-    for (int n = units.begin; n < units.end; ++n)
-      dot_rows(team, matrix.row(n), normed, hidden, hidden, count, [&](int r, float logit) {
-        if (team.lane() != 0) return;
-        const Row row = p.rows[p.sample_rows[first + r]];
-        const Slot& slot = p.slots[row.slot];
-        if (p.logits && row.slot == 0) p.logits[size_t(row.position) * d.vocab_size + n] = logit;
-        if (!(logit == logit)) return;
-        const float value = sampling_value(logit, slot.temperature, slot.seed, row.position + 1, n);
-        const uint64_t keyed = pack_candidate(value, n), greedy = pack_candidate(logit, n);
+    dot_each(team, matrix, units.begin, units.end, normed, hidden, hidden, count, [&](int n, int r, float logit) {
+      if (team.lane() != 0) return;
+      const Row row = p.rows[p.sample_rows[first + r]];
+      const Slot& slot = p.slots[row.slot];
+      if (p.logits && row.slot == 0) p.logits[size_t(row.position) * d.vocab_size + n] = logit;
+      const float processed = slot.adjusted ? adjust_logit(p, d, slot, row, n, logit) : logit;
+      if (slot.filtered) {
+        const size_t at = size_t(first + r) * size_t(d.vocab_size) + size_t(n);
+        p.processed[at] = processed;
+        if (slot.n_logprobs >= 0) p.raw[at] = logit;
+      }
+      if (!(processed == processed)) return;
+      const uint64_t greedy = pack_candidate(processed, n);
+      if (!slot.filtered) {  // else the filter phase picks the keyed sample
+        const float value = sampling_value(processed, slot.temperature, slot.seed, row.position + 1, n);
+        const uint64_t keyed = pack_candidate(value, n);
         if (keyed > best[2 * r]) best[2 * r] = keyed;
-        if (greedy > best[2 * r + 1]) best[2 * r + 1] = greedy;
-      });
+      }
+      if (greedy > best[2 * r + 1]) best[2 * r + 1] = greedy;
+    });
     if (team.lane() == 0)
       for (int i = 0; i < count * 2; ++i) max_relaxed(&p.best[2 * first + i], best[i]);
     team.sync();  // the next tile overwrites `normed`

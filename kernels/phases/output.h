@@ -24,9 +24,11 @@ XL_FN void stage_merged(Team& team, const Params& p, const Dims& d, int first, i
     for (int i = 0; i < d.head_dim; i += kVirtualLanes) {
       Chunk acc = Chunk::all(0.0f);
       for (int s = 0; s < spans; ++s)
-        acc = fma(Chunk::load(p.span_acc + (at + s) * d.head_dim + i, team.lane()),
+        acc = fma(Chunk::load(p.span_acc + (at + s) * d.head_stride + i, team.lane()),
                   Chunk::all(exp_(p.span_max[at + s] - largest)), acc);
-      (acc * inverse).store(out + (size_t(r) * heads + head) * d.head_dim + i, team.lane());
+      // The O projection reads heads without the gap of head_stride: of a last half chunk, half is stored.
+      const int left = d.head_dim - i < kVirtualLanes ? d.head_dim - i : kVirtualLanes;
+      (acc * inverse).store(out + (size_t(r) * heads + head) * d.head_dim + i, team.lane(), left);
     }
   }
   team.sync();
@@ -38,15 +40,20 @@ XL_FN void phase_output(Team& team, const Grid& grid, const Params& p, const Dim
   const int width = d.num_attention_heads * d.head_dim;
   const RowMajor<W> matrix(p.layers[layer].o_proj, width);
   const int n_rows = p.step->n_rows, tile = rows_that_fit(p, width, n_rows);
-  const Range units = grid.share(team, d.hidden_size, 8);
+  const float* bias = p.layers[layer].o_bias;
+  const Range units = grid.share(team, d.hidden_size, Team::tile > 8 ? Team::tile : 8);
   float* merged = team.scratch();
   for (int first = 0; first < n_rows; first += tile) {
     const int count = n_rows - first < tile ? n_rows - first : tile;
     stage_merged(team, p, d, first, count, merged);
-    for (int n = units.begin; n < units.end; ++n)
-      dot_rows(team, matrix.row(n), merged, width, width, count, [&](int r, float value) {
-        if (team.lane() == 0) p.x[size_t(first + r) * d.hidden_size + n] += value;
-      });
+    dot_tiles<1>(
+        team, [&](int, int n) { return matrix.row(n); }, units.begin, units.end, merged, width, width, count,
+        [&](int n, int held, int r, auto& values) {
+          if (team.lane() != 0) return;
+          add_bias(values[0], bias, n, held);
+          float* x = p.x + size_t(first + r) * d.hidden_size + n;
+          for (int j = 0; j < held; ++j) x[j] += values[0][j];
+        });
     team.sync();  // the next tile overwrites `merged`
   }
 }

@@ -14,42 +14,53 @@ XL_FN void phase_qkv(Team& team, const Grid& grid, const Params& p, const Dims& 
   const int hidden = d.hidden_size, half = d.head_dim / 2;
   const int q_heads = d.num_attention_heads, kv_heads = d.num_key_value_heads;
   const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden, n_rows);
-  const Range units = grid.share(team, (q_heads + 2 * kv_heads) * half, 4);
+  const Range units = grid.share(team, (q_heads + 2 * kv_heads) * half, Team::tile > 4 ? Team::tile : 4);
   float* normed = team.scratch();
   for (int first = 0; first < n_rows; first += tile) {
     const int count = n_rows - first < tile ? n_rows - first : tile;
     stage_normed(
         team, [&](int r) { return p.x + size_t(first + r) * hidden; }, weights.input_layernorm, d.rms_norm_eps, hidden,
         count, normed);
-    for (int unit = units.begin; unit < units.end; ++unit) {
+    // Member m of a pair.
+    const auto row_of = [&](int m, int unit) {
       const int head = unit / half, i = unit % half;
       const bool is_q = head < q_heads, is_v = head >= q_heads + kv_heads;
       const int own = is_q ? head : (is_v ? head - q_heads - kv_heads : head - q_heads);
       const RowMajor<W> matrix(is_q ? weights.q_proj : (is_v ? weights.v_proj : weights.k_proj), hidden);
-      const W* low = matrix.row(own * d.head_dim + i);
-      const W* high = matrix.row(own * d.head_dim + i + half);
-      dot_rows_pair(team, low, high, normed, hidden, hidden, count, [&](int r, float a, float b) {
-        if (team.lane() != 0) return;
-        const int at = first + r;
-        if (!is_v) {
-          const float* rope = p.rope + size_t(at) * d.head_dim;
-          const float cosine = rope[i], sine = rope[half + i];
-          const float rotated = a * cosine - b * sine;
-          b = b * cosine + a * sine;
-          a = rotated;
-        }
-        if (is_q) {
-          float* q = p.q + (size_t(at) * q_heads + own) * d.head_dim;
-          q[i] = a;
-          q[i + half] = b;
-        } else {
-          const Row row = p.rows[at];
-          auto* kv = KvPages<Dims>(p, d, layer, row.slot).at(row.position, is_v ? KvPart::kValue : KvPart::kKey, own);
-          narrow(a, &kv[i]);
-          narrow(b, &kv[i + half]);
-        }
-      });
-    }
+      return matrix.row(own * d.head_dim + i + m * half);
+    };
+    const auto store = [&](int unit, int r, float a, float b) {
+      const int head = unit / half, i = unit % half;
+      const bool is_q = head < q_heads, is_v = head >= q_heads + kv_heads;
+      const int own = is_q ? head : (is_v ? head - q_heads - kv_heads : head - q_heads);
+      const float* bias = is_q ? weights.q_bias : (is_v ? weights.v_bias : weights.k_bias);
+      const int n = own * d.head_dim + i;
+      const int at = first + r;
+      a = biased(a, bias, n);
+      b = biased(b, bias, n + half);
+      if (!is_v) {
+        const float* rope = p.rope + size_t(at) * d.head_dim;
+        const float cosine = rope[i], sine = rope[half + i];
+        const float rotated = a * cosine - b * sine;
+        b = b * cosine + a * sine;
+        a = rotated;
+      }
+      if (is_q) {
+        float* q = p.q + (size_t(at) * q_heads + own) * d.head_stride;
+        q[i] = a;
+        q[i + half] = b;
+      } else {
+        const Row row = p.rows[at];
+        auto* kv = KvPages<Dims>(p, d, layer, row.slot).at(row.position, is_v ? KvPart::kValue : KvPart::kKey, own);
+        narrow(a, &kv[i]);
+        narrow(b, &kv[i + half]);
+      }
+    };
+    dot_tiles<2>(team, row_of, units.begin, units.end, normed, hidden, hidden, count,
+                 [&](int n, int width, int r, auto& values) {
+                   if (team.lane() != 0) return;
+                   for (int j = 0; j < width; ++j) store(n + j, r, values[0][j], values[1][j]);
+                 });
     team.sync();  // the next tile overwrites `normed`
   }
 }

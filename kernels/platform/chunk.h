@@ -6,6 +6,7 @@ namespace xl {
 
 XL_FN float widen(float value) { return value; }
 XL_FN float widen(bf16 value) { return from_bits(uint32_t(value.bits) << 16); }
+XL_FN float widen(f16 value) { return from_half(value.bits); }
 
 template <int Lanes>
 struct LaneChunk {
@@ -27,6 +28,12 @@ struct LaneChunk {
 
   XL_FN void store(float* to, int lane) const {
     for (int i = 0; i < kEach; ++i) to[lane + Lanes * i] = v[i];
+  }
+
+  // The first `count` elements only.
+  XL_FN void store(float* to, int lane, int count) const {
+    for (int i = 0; i < kEach; ++i)
+      if (lane + Lanes * i < count) to[lane + Lanes * i] = v[i];
   }
 
   friend XL_FN LaneChunk fma(const LaneChunk& a, const LaneChunk& b, const LaneChunk& c) {
@@ -75,6 +82,26 @@ XL_FN void dot_by_chunks(Team& team, const W* w, const float* x, int stride, int
     for (int r = 0; r < R; ++r) acc[r] = fma(weight, Chunk::load(x + size_t(r) * stride + i, team.lane()), acc[r]);
   }
   for (int r = 0; r < R; ++r) out[r] = acc[r].sum(team);
+}
+
+// out[j][r] = w[j] . x[r], j < N, r < R: each weight is widened once for all rows and each activation read once for all weight
+// rows, in the order of dot_by_chunks.
+template <int N, int R, class Team, class W>
+XL_FN void block_by_chunks(Team& team, const W* (&w)[N], const float* x, int stride, int k, float (&out)[N][R]) {
+  using Chunk = typename Team::Chunk;
+  Chunk acc[N][R];
+  for (int j = 0; j < N; ++j)
+    for (int r = 0; r < R; ++r) acc[j][r] = Chunk::all(0.0f);
+  for (int i = 0; i < k; i += kVirtualLanes) {
+    Chunk value[R];
+    for (int r = 0; r < R; ++r) value[r] = Chunk::load(x + size_t(r) * stride + i, team.lane());
+    for (int j = 0; j < N; ++j) {
+      const Chunk weight = Chunk::load(w[j] + i, team.lane());
+      for (int r = 0; r < R; ++r) acc[j][r] = fma(weight, value[r], acc[j][r]);
+    }
+  }
+  for (int j = 0; j < N; ++j)
+    for (int r = 0; r < R; ++r) out[j][r] = acc[j][r].sum(team);
 }
 
 }  // namespace xl

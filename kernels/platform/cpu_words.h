@@ -90,6 +90,17 @@ XL_FN float from_bits(uint32_t bits) {
   return value;
 }
 
+// The float that an IEEE half stands for; a NaN comes back quiet, as the instructions give it.
+XL_FN float from_half(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000u) << 16, size = bits & 0x7fffu;
+  if (size < 0x400u) {  // zero and subnormals, in units of 2^-24
+    const float value = float(size) * 5.9604644775390625e-8f;
+    return sign ? -value : value;
+  }
+  if (size >= 0x7c00u) return from_bits(sign | 0x7f800000u | (size > 0x7c00u ? 0x400000u | (size & 0x3ffu) << 13 : 0u));
+  return from_bits(sign | ((size << 13) + 0x38000000u));
+}
+
 XL_FN uint32_t to_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);

@@ -73,6 +73,12 @@ XL_FN float sqrt_(float x) { return __fsqrt_rn(x); }
 XL_FN float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 XL_FN uint32_t to_bits(float value) { return __float_as_uint(value); }
 
+XL_FN float from_half(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
 }  // namespace xl
 
 // After XL_FN and fma_, which it uses.
@@ -92,6 +98,16 @@ XL_FN void load8(const bf16* from, float (&to)[8]) {
   }
 }
 
+XL_FN void load8(const f16* from, float (&to)[8]) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = from_half(uint16_t(words[i]));
+    to[2 * i + 1] = from_half(uint16_t(words[i] >> 16));
+  }
+}
+
 XL_FN void load8(const float* from, float (&to)[8]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -106,6 +122,7 @@ XL_FN void load8(const float* from, float (&to)[8]) {
 template <int Threads, int Lanes>
 struct CudaTeam {
   static constexpr int threads = Threads, lanes = Lanes, warps = Threads / Lanes;
+  static constexpr int tile = 1, block = 1, rows = 4;
   using Chunk = LaneChunk<Lanes>;
 
   float* scratch_;     // dynamic shared memory
@@ -117,6 +134,10 @@ struct CudaTeam {
   XL_FN void sync() { __syncthreads(); }
   XL_FN void warp_sync() { __syncwarp(); }
   XL_FN float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+  XL_FN void add(uint64_t* word, uint64_t value) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(word), (unsigned long long)value);
+  }
+  XL_FN void raise(uint64_t* word, uint64_t value) { max_relaxed(word, value); }
   XL_FN float* scratch() { return scratch_; }
   XL_FN int* shared_ints() { return shared_ints_; }
 
@@ -139,6 +160,12 @@ struct CudaTeam {
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) out[r] = acc[r].sum(*this);
+  }
+
+  template <int N, int R, class W>
+  XL_FN void dot_block(const W* (&w)[N], const float* x, int stride, int k, float (&out)[N][R]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) dot<R>(w[j], x, stride, k, out[j]);
   }
 };
 

@@ -36,6 +36,7 @@ struct RaceShared {
 template <int Threads, int Lanes>
 struct RaceTeam {
   static constexpr int threads = Threads, lanes = Lanes, warps = Threads / Lanes;
+  static constexpr int tile = 4, block = 2, rows = 2;  // others than anywhere else
   using Chunk = LaneChunk<Lanes>;
   using Shared = RaceShared<Threads, Lanes>;
 
@@ -61,12 +62,19 @@ struct RaceTeam {
     while (__atomic_load_n(received, __ATOMIC_RELAXED) < shuffles * Lanes) relax(turns);
     return from_bits(uint32_t(other));
   }
+  void add(uint64_t* word, uint64_t value) { __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
+  void raise(uint64_t* word, uint64_t value) { max_relaxed(word, value); }
   float* scratch() { return shared->scratch; }
   int* shared_ints() { return shared->ints; }
 
   template <int R, class W>
   void dot(const W* w, const float* x, int stride, int k, float (&out)[R]) {
     dot_by_chunks<R>(*this, w, x, stride, k, out);
+  }
+
+  template <int N, int R, class W>
+  void dot_block(const W* (&w)[N], const float* x, int stride, int k, float (&out)[N][R]) {
+    block_by_chunks<N, R>(*this, w, x, stride, k, out);
   }
 };
 

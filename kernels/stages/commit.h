@@ -19,7 +19,7 @@ XL_FN void write_finished(const Params& p, uint64_t request_id, uint64_t now_ns,
   event.kind = int(EventKind::kFinished);
   event.output_index = n_output;
   event.reason = int(reason);
-  event.n_drafts = event.n_accepted = -1;
+  event.n_drafts = event.n_accepted = event.n_logprobs = -1;
   write_event(p, event);
 }
 
@@ -29,10 +29,22 @@ XL_FN bool contains(const int32_t* ids, int count, int token) {
   return false;
 }
 
-XL_FN FinishReason finish_reason_of(const Params& p, const Slot& slot, int token) {
+// Whether the output's last tokens are the request's target.
+XL_FN bool ends_with_target(const Params& p, int slot_id) {
+  const Slot& slot = p.slots[slot_id];
+  if (slot.n_target == 0 || slot.length - slot.prompt_len < slot.n_target) return false;
+  const int32_t* last = p.tokens + size_t(slot_id) * size_t(p.max_len) + size_t(slot.length - slot.n_target);
+  for (int i = 0; i < slot.n_target; ++i)
+    if (last[i] != slot.target[i]) return false;
+  return true;
+}
+
+XL_FN FinishReason finish_reason_of(const Params& p, int slot_id, int token) {
+  const Slot& slot = p.slots[slot_id];
   if (token < 0) return FinishReason::kError;
   if (!slot.ignore_eos && contains(p.eos_ids, p.n_eos_ids, token)) return FinishReason::kEos;
   if (contains(slot.stop_ids, slot.n_stop_ids, token)) return FinishReason::kStop;
+  if (ends_with_target(p, slot_id)) return FinishReason::kTarget;
   if (slot.length - slot.prompt_len >= slot.max_new_tokens) return FinishReason::kLength;
   return FinishReason::kNone;
 }
@@ -48,17 +60,33 @@ XL_FN void finish_slot(const Grid& grid, const Params& p, int page_size, int slo
   slot.state = int(SlotState::kFree);
 }
 
+// Beside the event that is about to be written: the logprobs of the i-th emitted token, from the row that it was sampled in.
+XL_FN void write_logprobs(const Params& p, int vocab_size, const Slot& slot, int i, int token) {
+  if (slot.n_logprobs < 0) return;
+  const int first = slot.state == int(SlotState::kDecode) ? slot.row_begin : slot.row_begin + slot.row_count - 1;
+  const int sampled = p.rows[first + i].sample_row;
+  Logprobs& out = ring_entry(p.logprobs, p.event_capacity, p.state->event_tail);
+  out = p.row_logprobs[sampled];
+  out.token = p.raw[size_t(sampled) * size_t(vocab_size) + size_t(token)] - out.log_sum;
+}
+
 // Commits what verification emitted for one slot. `record` gathers the step's counts. True: the request has finished.
-XL_FN bool stage_commit(const Grid& grid, const Params& p, int page_size, int slot_id, uint64_t now_ns, StepRecord& record) {
+template <class Dims>
+XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int slot_id, uint64_t now_ns, StepRecord& record) {
   Slot& slot = p.slots[slot_id];
+  const int page_size = d.page_size;
   const bool verified = slot.state == int(SlotState::kDecode);
   int32_t* tokens = p.tokens + size_t(slot_id) * size_t(p.max_len);
   slot.computed += verified ? 1 + slot.n_accepted : slot.row_count;
-  if (verified) record.n_accepted += slot.n_accepted;
-  for (int i = 0; i < slot.n_emitted; ++i) {
+  const uint64_t first_event = p.state->event_tail;
+  int n_accepted = slot.n_accepted;
+  bool finished = false;
+  for (int i = 0; i < slot.n_emitted && !finished; ++i) {
     const int token = slot.emitted[i];
     if (token >= 0) {
       tokens[slot.length++] = token;
+      if (slot.penalized) ++p.counts[size_t(slot_id) * size_t(d.vocab_size) + size_t(token)];
+      write_logprobs(p, d.vocab_size, slot, i, token);
       Event event = {};
       event.request_id = slot.request_id;
       event.step = p.step->step;
@@ -68,16 +96,25 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, int page_size, int sl
       event.output_index = slot.length - slot.prompt_len - 1;
       event.n_drafts = verified && i == 0 ? slot.n_drafts : -1;
       event.n_accepted = verified && i == 0 ? slot.n_accepted : -1;
+      event.n_logprobs = slot.n_logprobs;
       write_event(p, event);
       ++record.n_tokens;
     }
-    const FinishReason reason = finish_reason_of(p, slot, token);
+    const FinishReason reason = finish_reason_of(p, slot_id, token);
     if (reason != FinishReason::kNone) {
+      // The last token of an output counts as the target's own, even if a draft had it: emitted = accepted + 1 always.
+      if (n_accepted > i) n_accepted = i;
       finish_slot(grid, p, page_size, slot_id, now_ns, reason);
       ++record.n_finished;
-      return true;
+      finished = true;
     }
   }
+  if (verified) {
+    record.n_accepted += n_accepted;
+    Event& first = ring_entry(p.events, p.event_capacity, first_event);
+    if (first.n_accepted >= 0) first.n_accepted = n_accepted;
+  }
+  if (finished) return true;
   if (slot.n_emitted > 0) slot.state = int(SlotState::kDecode);
   stage_kv_shrink(grid, p, page_size, slot_id, slot.computed);
   return false;

@@ -15,6 +15,7 @@ XL_FN void add_row(const Params& p, Slot& slot, int slot_id, int position, int t
   row.token = token;
   row.sample_row = sampled ? step.n_sample_rows : -1;
   if (sampled) p.sample_rows[step.n_sample_rows++] = step.n_rows;
+  if (sampled && slot.filtered) ++step.n_filter_rows;
   ++step.n_rows;
 }
 
@@ -26,7 +27,7 @@ XL_FN void stage_decode(const Grid& grid, const Params& p, int page_size, StepRe
     if (slot.state != int(SlotState::kDecode)) continue;
     stage_kv_extend(grid, p, page_size, slot_id, slot.length + slot.n_drafts);
     record.pages_draft += slot.n_pages - pages_for(slot.length, page_size);
-    record.pages_locked += slot.n_pages;
+    record.pages_locked += pages_for(slot.length, page_size);
     record.context_tokens += slot.length + slot.n_drafts;
     const int last = p.tokens[size_t(slot_id) * size_t(p.max_len) + size_t(slot.length) - 1];
     add_row(p, slot, slot_id, slot.length - 1, last, true);

@@ -58,7 +58,8 @@ XL_FN void stage_draft(Team& team, const Params& p, const Dims& d, int rows) {
         for (int j = 0; j < count; ++j) slot.drafts[j] = tokens[found + j];
     } else {
       const int32_t* answers = p.oracle + size_t(slot_id) * size_t(p.max_len);
-      if (slot.oracle_len > output_index) count = slot.oracle_len - output_index;
+      // The last right answer is never drafted: it is the token that no draft gives.
+      if (slot.oracle_len - 1 > output_index) count = slot.oracle_len - 1 - output_index;
       if (count > wanted) count = wanted;
       if (team.thread() == 0) {
         for (int j = 0; j < count; ++j) {

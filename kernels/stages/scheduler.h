@@ -2,6 +2,7 @@
 // worst case of pages can be reserved; until then it waits at the head of the submission ring.
 #pragma once
 
+#include "penalties.h"
 #include "stages/commit.h"
 
 namespace xl {
@@ -33,6 +34,30 @@ XL_FN void take_cancellations(const Grid& grid, const Params& p, int page_size, 
   store_release_system(&p.mailbox->cancel_head, state.cancel_head);
 }
 
+// Prompt ring entries that belong to a submission: prompt, right answers, bias pairs.
+XL_FN uint64_t ring_tokens(const Submission& s) {
+  return uint64_t(s.prompt_len) + uint64_t(s.oracle_len) + 2 * uint64_t(s.n_bias);
+}
+
+XL_FN void copy_sampling(Slot& slot, const Submission& submission) {
+  slot.temperature = submission.temperature;
+  slot.top_k = submission.top_k;
+  slot.top_p = submission.top_p;
+  slot.min_p = submission.min_p;
+  slot.repetition_penalty = submission.repetition_penalty;
+  slot.presence_penalty = submission.presence_penalty;
+  slot.frequency_penalty = submission.frequency_penalty;
+  slot.n_logprobs = submission.n_logprobs;
+  slot.n_bias = submission.n_bias;
+  slot.n_target = submission.n_target;
+  for (int i = 0; i < kMaxTarget; ++i) slot.target[i] = submission.target[i];
+  for (int i = 0; i < kMaxStopIds; ++i) slot.stop_ids[i] = submission.stop_ids[i];
+  slot.penalized = slot.repetition_penalty != 1.0f || slot.presence_penalty != 0.0f || slot.frequency_penalty != 0.0f;
+  slot.adjusted = slot.penalized || slot.n_bias > 0;
+  const bool drops = slot.top_k > 0 || slot.top_p < 1.0f || slot.min_p > 0.0f;
+  slot.filtered = (drops && slot.temperature > 0.0f) || slot.n_logprobs >= 0;
+}
+
 // Thread 0. Takes the head of the ring; its slot, or -1: nothing can be admitted now.
 XL_FN int admit_one(const Params& p, int page_size, uint64_t now_ns) {
   LoopState& state = *p.state;
@@ -42,7 +67,7 @@ XL_FN int admit_one(const Params& p, int page_size, uint64_t now_ns) {
     if (cancelled) {
       cancelled = 0;
       write_finished(p, submission.request_id, now_ns, FinishReason::kCancelled, 0);
-      state.prompt_head = submission.prompt_begin + uint64_t(submission.prompt_len) + uint64_t(submission.oracle_len);
+      state.prompt_head = submission.prompt_begin + ring_tokens(submission);
       ++state.submit_head;
       continue;
     }
@@ -59,8 +84,7 @@ XL_FN int admit_one(const Params& p, int page_size, uint64_t now_ns) {
     slot.max_new_tokens = submission.max_new_tokens;
     slot.ignore_eos = submission.ignore_eos;
     slot.n_stop_ids = submission.n_stop_ids;
-    slot.temperature = submission.temperature;
-    for (int i = 0; i < kMaxStopIds; ++i) slot.stop_ids[i] = submission.stop_ids[i];
+    copy_sampling(slot, submission);
     slot.oracle_len = submission.oracle_len;
     slot.reserved_pages = worst;
     state.n_reserved_pages += worst;
@@ -83,9 +107,33 @@ XL_FN void copy_prompt(Team& team, const Params& p, int slot_id) {
     oracle[i] = ring_entry(p.prompts, p.prompt_capacity, answers + uint64_t(i));
 }
 
-template <class Team>
-XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, int page_size, uint64_t now_ns) {
+// The team clears the slot's counts and biases, thread 0 enters the prompt's tokens and the bias pairs.
+template <class Team, class Dims>
+XL_FN void prepare_adjustments(Team& team, const Params& p, const Dims& d, int slot_id) {
+  const Slot& slot = p.slots[slot_id];
+  if (!slot.adjusted) return;
+  const Submission& submission = ring_entry(p.submissions, p.submission_capacity, p.state->submit_head);
+  int32_t* counts = p.counts + size_t(slot_id) * size_t(d.vocab_size);
+  float* bias = p.bias + size_t(slot_id) * size_t(d.vocab_size);
+  for (int i = team.thread(); i < d.vocab_size; i += Team::threads) {
+    counts[i] = 0;
+    bias[i] = 0.0f;
+  }
+  team.sync();
+  if (team.thread() != 0) return;
+  const int32_t* tokens = p.tokens + size_t(slot_id) * size_t(p.max_len);
+  for (int i = 0; i < slot.prompt_len; ++i) counts[tokens[i]] = kSeenInPrompt;
+  const uint64_t pairs = submission.prompt_begin + uint64_t(submission.prompt_len) + uint64_t(submission.oracle_len);
+  for (int i = 0; i < slot.n_bias; ++i) {
+    const int token = ring_entry(p.prompts, p.prompt_capacity, pairs + 2 * uint64_t(i));
+    bias[token] = from_bits(uint32_t(ring_entry(p.prompts, p.prompt_capacity, pairs + 2 * uint64_t(i) + 1)));
+  }
+}
+
+template <class Team, class Dims>
+XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, const Dims& d, uint64_t now_ns) {
   LoopState& state = *p.state;
+  const int page_size = d.page_size;
   if (team.thread() == 0) take_cancellations(grid, p, page_size, now_ns);
   for (;;) {
     if (team.thread() == 0) state.admitted_slot = admit_one(p, page_size, now_ns);
@@ -94,6 +142,7 @@ XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, int pa
     if (slot_id < 0) break;
     copy_prompt(team, p, slot_id);
     team.sync();
+    prepare_adjustments(team, p, d, slot_id);
     if (team.thread() != 0) continue;
     const Submission& submission = ring_entry(p.submissions, p.submission_capacity, state.submit_head);
     Event event = {};
@@ -101,9 +150,9 @@ XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, int pa
     event.step = state.n_steps + 1;
     event.device_ns = now_ns;
     event.kind = int(EventKind::kAdmitted);
-    event.n_drafts = event.n_accepted = -1;
+    event.n_drafts = event.n_accepted = event.n_logprobs = -1;
     write_event(p, event);
-    state.prompt_head = submission.prompt_begin + uint64_t(submission.prompt_len) + uint64_t(submission.oracle_len);
+    state.prompt_head = submission.prompt_begin + ring_tokens(submission);
     ++state.submit_head;
   }
   if (team.thread() == 0) {

@@ -15,7 +15,7 @@ from xlpk.model import Model, load_model
 from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
 from xlpk.workload import Request
 
-NAMES = ("gqa", "head128")
+NAMES = ("gqa", "head128", "head80", "biases_fp16")
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, make_case, prompt
+from checkpoints import CASES, make_case, make_checkpoint, prompt
 from drive import run
 
 from xlpk.kv import KV
 from xlpk.model import TINY, Model, load_model
 from xlpk.reference import Exact, error_bound, forward, margin
+from xlpk.text import ChatTemplate
 from xlpk.workload import Request
 
 pytestmark = pytest.mark.peers
@@ -47,6 +50,16 @@ def test_random_checkpoints(name: str, tmp_path: Path) -> None:
     assert np.sqrt(np.mean(ours**2)) < np.sqrt(np.mean(peer**2)), "bf16 activations cost more than bf16 pages"
 
 
+def test_dynamic_rope_equals_one_pass_of_the_whole_length(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, seed=5, **(CASES["dynamic_rope"] | {"max_position_embeddings": 48}))
+    model = load_model("dynamic", folder)
+    tokens = np.random.RandomState(6).randint(0, model.config.vocab_size, 121).tolist()
+    result = run(model, [Request(0, tuple(tokens[:120]), 1)], kv=KV(dtype="fp32"), max_len=121, debug_logits=True)
+    assert result.logits is not None
+    bound = error_bound(model.config.at_length(121), model.weights, tokens).max()
+    assert np.abs(result.logits - torch_logits(folder, tokens, "float32")[:120]).max() < 2 * bound
+
+
 def test_the_tiny_model() -> None:
     model = load_model("tiny")
     assert model.tokenizer is not None
@@ -78,6 +91,25 @@ def test_the_tiny_model_continues_as_transformers_does() -> None:
         end = int(undecided[0]) if undecided.size else len(expected)
         assert end >= 24, "too close to call almost everywhere proves nothing"
         assert ours[:end] == expected[:end]
+
+
+def test_chats_are_those_of_transformers(tmp_path: Path) -> None:
+    source = """{{ bos_token }}{% for message in messages %}
+        {%- if loop.index > 2 %}{% break %}{% endif %}
+    <|{{ message['role'] }}|>
+    {{ message['content'] | trim }}{{ eos_token }}{{ message | tojson(indent=2) }}
+    {% endfor %}
+    {% if add_generation_prompt %}<|assistant|>{% endif %}"""
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": source}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    chat = [{"role": role, "content": f" <Grüße> {role}\n"} for role in ("system", "user", "assistant")]
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = ChatTemplate.open(tmp_path)
+    assert ours is not None
+    for add in (False, True):
+        expected = peer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add)
+        assert ours.render(chat, add_generation_prompt=add) == expected
 
 
 def test_transformers_reads_the_shipped_draft() -> None:

@@ -42,9 +42,11 @@ def events(run: Path, kind: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == kind and not event.get("warmup")]
 
 
-def test_forced_rejection_meets_its_formula(tmp_path: Path) -> None:
-    xlpk(tmp_path, "mode=forced_rejection", "spec.block=8", "tracking=none")
+@pytest.mark.parametrize("stops", [(), ("sampling.stop_token_ids=[291,14]",)], ids=["length", "stop ids"])
+def test_forced_rejection_meets_its_formula(tmp_path: Path, stops: tuple[str, ...]) -> None:
+    xlpk(tmp_path, "mode=forced_rejection", "spec.block=8", "tracking=none", *stops)
     run = only_run(tmp_path)
+    assert {event["reason"] for event in events(run, "finished")} & {"stop"} == ({"stop"} if stops else set())
     metrics = json.loads((run / "metrics.json").read_text())
     expected = [Oracle(block=8, mismatch_stride=4).expected(event["n_output"]) for event in events(run, "finished")]
     assert metrics["spec/verifications"] == sum(v for v, _, _ in expected)

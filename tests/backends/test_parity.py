@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, make_case, prompt
+from checkpoints import CASES, make_case, make_checkpoint, prompt
 from drive import CACHE, run
 
 from xlpk.backends.cpu import CpuLibrary
@@ -88,6 +88,26 @@ def test_greedy_continuation(case: Case) -> None:
     same = np.asarray(tokens) == expected
     assert same[: np.argmin(same | ~decided) if not (same | ~decided).all() else NEW_TOKENS].all()
     assert (same | ~decided).all()
+
+
+def test_dynamic_rope_beyond_the_original_positions(tmp_path: Path) -> None:
+    """The frequencies are those of model.max_len, from the first token on and however the prompt is chunked."""
+    made = CASES["dynamic_rope"] | {"max_position_embeddings": 48}
+    model = load_model("dynamic", make_checkpoint(tmp_path, seed=5, **made))
+    tokens = np.random.RandomState(6).randint(0, model.config.vocab_size, 120)
+    request = Request(0, tuple(tokens.tolist()), 1)
+    kv, found = KV(budget="64pages", dtype="fp32"), []
+    for chunk in (7, 64):
+        result = run(model, [request], kv=kv, max_len=144, debug_logits=True, prefill_chunk=chunk)
+        assert result.logits is not None
+        found.append(result.logits)
+    assert found[0].tobytes() == found[1].tobytes()
+    config, exact = model.config.at_length(144), Exact(model.weights)
+    error = np.abs(found[0] - forward(config, exact, tokens)).max(axis=-1)
+    limit = error_bound(config, exact, tokens)
+    assert (error < limit).all()
+    for other in (model.config, model.config.at_length(120)):
+        assert (np.abs(found[0] - forward(other, exact, tokens)).max(axis=-1) > limit)[1:].any()
 
 
 # ---------------------------------------------------------------------------------------------- mutants

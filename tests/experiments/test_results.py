@@ -44,7 +44,11 @@ def test_forced_rejections_are_the_closed_form() -> None:
         assert tuple(int(row[f"spec/{name}"]) for name in ("verifications", "proposed", "accepted")) == expected
 
 
-def test_the_tiny_model_is_within_its_size() -> None:
+def test_the_tiny_model_is_within_its_size_and_beats_a_compressor() -> None:
+    from xlpk.model import TINY, load_model, read_config
+
+    assert load_model("tiny").config.parameters <= 3_000_000
+    assert read_config(TINY / "draft").parameters <= 500_000
     sizes = json.loads((ROOT / "experiments" / "tiny_model" / "results" / "eval.json").read_text())
     bits = sizes["bits_per_byte"]
     assert bits["target"]["heldout"] < bits["compressors"]["xz_9e"]["after_training"]

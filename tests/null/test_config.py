@@ -14,7 +14,7 @@ from xlpk import config
 from xlpk.errors import InputError
 from xlpk.settings import Settings
 from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
-from xlpk.workload import Prompts, Synthetic
+from xlpk.workload import Prompts, Synthetic, biases
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,6 +81,9 @@ def test_groups_and_keys() -> None:
     assert composed('workload.prompt="def f(n):"').workload.texts() == ["def f(n):"]  # type: ignore[union-attr]
     assert composed("workload.prompt=[a,b]", "workload.requests=3").workload.texts() == ["a", "b", "a"]  # type: ignore[union-attr]
     assert composed("spec.block=16").spec.block == 16
+    sampling = composed("sampling.logit_bias={5: 3.0, 2: -1}", "sampling.stop=[a,b]", "sampling.target=x").sampling
+    assert biases(sampling) == ((2, -1.0), (5, 3.0))
+    assert (sampling.stop, sampling.target, sampling.logprobs) == (["a", "b"], "x", None)
 
 
 @pytest.mark.parametrize("name", config.options("experiment"))
@@ -136,12 +139,26 @@ def test_each_option_composes_and_says_what_it_is(group: str) -> None:
         (["spec.max_n=9"], "spec.max_n", "9", "1 to 8"),
         (["acceptance=forced", "acceptance.stride=0"], "acceptance.stride", "0", "1 to"),
         (["spec=oracle", "spec.mismatch_stride=-1"], "spec.mismatch_stride", "-1", "0 to"),
-        (["sampling.temperature=-0.5"], "sampling.temperature", "-0.5", "at least 0"),
+        (["sampling.temperature=-0.5"], "sampling.temperature", "-0.5", "at least 1e-05"),
+        (["sampling.temperature=1e-38"], "sampling.temperature", "1e-38", "at least 1e-05"),
+        (["model.seed=3"], "model.seed", "3", "tiny"),
+        (["model.path=somewhere"], "model.path", "somewhere", "model=hf"),
         (["sampling.temperature=inf"], "sampling.temperature", "inf", "finite"),
+        (["sampling.top_k=-1"], "sampling.top_k", "-1", "0 to"),
+        (["sampling.top_p=0"], "sampling.top_p", "0.0", "above 0"),
+        (["sampling.min_p=1.5"], "sampling.min_p", "1.5", "0 to 1"),
+        (["sampling.repetition_penalty=0"], "sampling.repetition_penalty", "0.0", "above 0"),
+        (["sampling.presence_penalty=3"], "sampling.presence_penalty", "3.0", "-2 to 2"),
+        (["sampling.frequency_penalty=nan"], "sampling.frequency_penalty", "nan", "-2 to 2"),
+        (["sampling.logit_bias={5: inf}"], "sampling.logit_bias.5", "inf", "-10000 to 10000"),
+        (["sampling.logit_bias={a: 1}"], "sampling.logit_bias", "{'a': 1}", "whole ids"),
+        (["sampling.logit_bias=[1]"], "sampling.logit_bias", "[1]", "whole ids"),
+        (["sampling.logprobs=21"], "sampling.logprobs", "21", "0 to 20"),
+        (["sampling.stop=['']"], "sampling.stop", "''", "at least one character"),
         (["sampling.max_new_tokens=0"], "sampling.max_new_tokens", "0", "at least 1"),
         (["sampling.stop_token_ids=[1,2,3,4,5,6,7,8,9]"], "sampling.stop_token_ids", "9 ids", "at most 8"),
         (["kv.dtype=int8"], "kv.dtype", "int8", "auto, bf16, fp32"),
-        (["model.dtype=fp8"], "model.dtype", "fp8", "auto, bf16, fp32"),
+        (["model.dtype=fp8"], "model.dtype", "fp8", "auto, bf16, fp16, fp32"),
         (["model=hf"], "model.path", "null", "a folder"),
         (["backend.orchestration=graph"], "backend.orchestration", "graph", "persistent, launched"),
         (["backend.threads=-1"], "backend.threads", "-1", "0 to"),

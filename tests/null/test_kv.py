@@ -38,6 +38,19 @@ def test_the_storage_type() -> None:
     assert KVPlan.make(KV(), CONFIG, "fp32", 64).dtype == "fp32"
 
 
+def test_pages_of_fp16_weights_are_bf16() -> None:
+    assert KVPlan.make(KV(), CONFIG, "fp16", 64).dtype == "bf16"
+    assert KVPlan.make(KV(dtype="fp32"), CONFIG, "fp16", 64).dtype == "fp32"
+    with pytest.raises(InputError, match=r"^kv\.dtype=fp16: one of auto, bf16, fp32$"):
+        plan(dtype="fp16")
+
+
+@pytest.mark.parametrize(("head_dim", "held"), [(64, 64), (80, 96), (96, 96), (128, 128)])
+def test_a_head_is_held_in_whole_lanes(head_dim: int, held: int) -> None:
+    made = KVPlan.make(KV(), replace(CONFIG, head_dim=head_dim), "bf16", 64)
+    assert made.page_bytes == PAGE_BYTES // 64 * held
+
+
 def test_layers_and_heads_count() -> None:
     small = replace(CONFIG, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=1)
     assert KVPlan.make(KV(), small, "bf16", 64).page_bytes == PAGE_BYTES // 16 // 8

@@ -13,11 +13,11 @@ import xlpk
 ROOT = Path(xlpk.__file__).parent
 LEVELS = {
     0: "errors layout units models kernels",
-    1: "model weights quant kv speculation workload metrics reference",
-    2: "settings simulator backend toolchain",
+    1: "model weights text quant kv speculation workload metrics reference",
+    2: "settings simulator backend toolchain stopping",
     3: "backends",
     4: "engine tracking report record",
-    5: "config run cli conf",
+    5: "config run cli conf bench",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 ONLY_IN = {  # library -> modules that may import it

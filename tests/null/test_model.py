@@ -12,7 +12,7 @@ import pytest
 from checkpoints import CASES, llama3, make_case, make_checkpoint
 
 from xlpk.errors import InputError
-from xlpk.model import SHAPES, Llama3Rope, ModelConfig, load_model, read_config
+from xlpk.model import SHAPES, DynamicRope, LinearRope, Llama3Rope, ModelConfig, load_model, read_config
 from xlpk.weights import Weights
 
 SMALL: dict[str, Any] = {
@@ -95,7 +95,7 @@ def test_bytes_per_token_counts_by_hand() -> None:
     untied = ModelConfig.from_hf(SMALL, "config.json")
     assert untied.bytes_per_token("fp32") == 4 * (2 * layer + 100 * 128 + 128) + norms
     assert untied.parameters == config.parameters + 100 * 128
-    with pytest.raises(InputError, match=r"^dtype=fp7: one of bf16, fp32$"):
+    with pytest.raises(InputError, match=r"^dtype=fp7: one of bf16, fp16, fp32$"):
         config.bytes_per_token("fp7")
 
 
@@ -131,6 +131,46 @@ def test_inv_freq_plain_and_llama3_by_the_published_loop() -> None:
 # ---------------------------------------------------------------------------------------------- refused
 
 
+def test_linear_scaling_divides_every_frequency() -> None:
+    plain = ModelConfig.from_hf(SMALL, "config.json")
+    config = ModelConfig.from_hf(SMALL | {"rope_scaling": {"type": "linear", "factor": 3}}, "config.json")
+    assert config.rope_scaling == LinearRope(3.0)
+    np.testing.assert_array_equal(config.inv_freq(), plain.inv_freq() / 3)
+    assert config.at_length(1 << 20) == config
+
+
+def test_dynamic_scaling_is_that_of_one_length() -> None:
+    change = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    plain = ModelConfig.from_hf(SMALL, "config.json")
+    config = ModelConfig.from_hf(SMALL | change, "config.json")
+    assert config.rope_scaling == DynamicRope(2.0)
+    assert config.stretches
+    assert not plain.stretches
+    for tokens in (1, config.max_position_embeddings):
+        np.testing.assert_array_equal(config.at_length(tokens).inv_freq(), plain.inv_freq())
+    # transformers 5.23, ROPE_INIT_FUNCTIONS["dynamic"] at seq_len = 3 max_position_embeddings, head_dim 64, float32
+    wanted = [1.0, 0.7119550704956055, 0.006120525766164064, 2.667042826942634e-05]
+    ours = config.at_length(3 * config.max_position_embeddings).inv_freq()
+    np.testing.assert_allclose(ours[[0, 1, 15, 31]], wanted, rtol=1e-6)
+    assert len({config.at_length(n * config.max_position_embeddings).rope_theta for n in (1, 2, 3)}) == 3
+
+
+def test_biases_have_the_length_of_their_outputs() -> None:
+    config = ModelConfig.from_hf(SMALL | {"attention_bias": True, "mlp_bias": True}, "config.json")
+    shapes = config.tensor_shapes()
+    biases = {name: shape for name, shape in shapes.items() if name.endswith(".bias")}
+    assert len(biases) == 7 * config.num_hidden_layers
+    for name, shape in biases.items():
+        assert shape == shapes[name.replace(".bias", ".weight")][:1]
+    plain = ModelConfig.from_hf(SMALL, "config.json")
+    floats = 4 * sum(shape[0] for shape in biases.values())
+    assert config.bytes_per_token("bf16") == plain.bytes_per_token("bf16") + floats
+    only = ModelConfig.from_hf(SMALL | {"mlp_bias": True}, "config.json").tensor_shapes()
+    assert {name for name in only if name.endswith(".bias")} == {name for name in biases if ".mlp." in name}
+    weights = Weights.from_hash(config, 1, "bf16")
+    assert not weights.vector("model.layers.0.mlp.up_proj.bias").any()
+
+
 @pytest.mark.parametrize(
     ("change", "field", "allowed"),
     [
@@ -138,11 +178,18 @@ def test_inv_freq_plain_and_llama3_by_the_published_loop() -> None:
         ({"architectures": ["Qwen2ForCausalLM"]}, "architectures=['Qwen2ForCausalLM']", "only LlamaForCausalLM"),
         ({"architectures": None, "model_type": None}, "model_type=missing", "llama"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu", "only silu"),
-        ({"attention_bias": True}, "attention_bias=True", "only false"),
-        ({"mlp_bias": True}, "mlp_bias=True", "only false"),
+        ({"attention_bias": 1}, "attention_bias=1", "true or false"),
+        ({"mlp_bias": "yes"}, "mlp_bias=yes", "true or false"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}", "unquantized"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type=linear", "default and llama3"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type=yarn", "default and llama3"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_scaling.rope_type=yarn",
+            "linear, dynamic and llama3",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=missing", "a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor=0.5", "at least 1"),
+        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor=2", "a number"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type=yarn", "dynamic and llama3"),
         ({"rope_scaling": llama3(0.5, 1.0, 4.0, 64)}, "rope_scaling.factor=0.5", "at least 1"),
         ({"rope_scaling": llama3(8.0, 4.0, 1.0, 64)}, "rope_scaling.high_freq_factor=1.0", "above low_freq_factor=4.0"),
         ({"rope_scaling": llama3(8.0, 0.0, 1.0, 64)}, "rope_scaling.low_freq_factor=0.0", "above 0"),
@@ -162,8 +209,13 @@ def test_inv_freq_plain_and_llama3_by_the_published_loop() -> None:
         ),
         ({"rope_theta": 0}, "rope_theta=0.0", "above 0"),
         ({"rope_theta": float("inf")}, "rope_theta=inf", "finite"),
-        ({"head_dim": 32}, "head_dim=32", "64, 128"),
-        ({"num_attention_heads": 4, "head_dim": None}, "head_dim=32", "64, 128"),
+        ({"head_dim": 32}, "head_dim=32", "64, 80, 96, 128"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 80},
+            "num_attention_heads=3",
+            "an even number",
+        ),
+        ({"num_attention_heads": 4, "head_dim": None}, "head_dim=32", "64, 80, 96, 128"),
         ({"num_attention_heads": 3}, "hidden_size=128", "num_attention_heads=3"),
         (
             {"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 64},
@@ -184,9 +236,9 @@ def test_inv_freq_plain_and_llama3_by_the_published_loop() -> None:
         ({"rms_norm_eps": 0}, "rms_norm_eps=0.0", "above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan", "finite"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000", "finite"),
-        ({"torch_dtype": "float16"}, "torch_dtype=float16", "bfloat16, float32"),
-        ({"dtype": "float8_e4m3fn"}, "dtype=float8_e4m3fn", "bfloat16, float32"),
-        ({"dtype": 16}, "dtype=16", "bfloat16, float32"),
+        ({"torch_dtype": "float64"}, "torch_dtype=float64", "bfloat16, float16, float32"),
+        ({"dtype": "float8_e4m3fn"}, "dtype=float8_e4m3fn", "bfloat16, float16, float32"),
+        ({"dtype": 16}, "dtype=16", "bfloat16, float16, float32"),
         ({"vocab_size": "100"}, "vocab_size=100", "a whole number"),
         ({"vocab_size": 100.0}, "vocab_size=100.0", "a whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True", "a whole number"),
@@ -268,14 +320,16 @@ def test_a_shape_gets_hash_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.weights.dtype == "fp32"
     assert load_model("small_shape").weights.dtype == "bf16"
     prints = {
-        load_model("small_shape", seed=seed, dtype=dtype).fingerprint for seed in (3, 4) for dtype in ("bf16", "fp32")
+        load_model("small_shape", seed=seed, dtype=dtype).fingerprint
+        for seed in (3, 4)
+        for dtype in ("bf16", "fp16", "fp32")
     }
-    assert len(prints) == 4
+    assert len(prints) == 6
     assert model.fingerprint in prints
     for seed in (-1, 1 << 64):
         with pytest.raises(InputError, match=r"^model\.seed="):
             load_model("small_shape", seed=seed)
-    with pytest.raises(InputError, match=r"^model\.dtype=int2: one of auto, bf16, fp32$"):
+    with pytest.raises(InputError, match=r"^model\.dtype=int2: one of auto, bf16, fp16, fp32$"):
         load_model("small_shape", dtype="int2")
 
 

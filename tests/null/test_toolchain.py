@@ -76,10 +76,12 @@ def test_a_failed_build_says_where_and_leaves_nothing(compiler: Path) -> None:
 def test_no_compiler_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ToolError) as refused:
         toolchain.find_cxx()
     assert "g++, clang++" in str(refused.value)
     assert "apt-get install g++" in str(refused.value)
+    assert "pip install 'xlpk[compiler]'" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -89,6 +91,18 @@ def test_clang_is_taken_where_there_is_no_gcc(monkeypatch: pytest.MonkeyPatch, t
     os.chmod(tmp_path / "clang++", 0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert toolchain.find_cxx() == "clang++"
+
+
+def test_the_wheel_is_the_last_resort(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "ziglang").mkdir()
+    (tmp_path / "ziglang" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert toolchain.find_cxx().endswith("-m ziglang c++")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ToolError, match="CXX=no-such-compiler"):
+        toolchain.find_cxx()
 
 
 def test_ptxas_reports_are_read() -> None:

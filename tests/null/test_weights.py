@@ -119,7 +119,7 @@ def small() -> ModelConfig:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_hash_weights(small: ModelConfig, dtype: str) -> None:
     weights = Weights.from_hash(small, 5, dtype)
     assert weights.dtype == dtype
@@ -127,7 +127,7 @@ def test_hash_weights(small: ModelConfig, dtype: str) -> None:
     assert weights.matrix("lm_head.weight").address == weights.matrix(EMBEDDING).address
     np.testing.assert_array_equal(weights.matrix(UP).base, hash_tensor(UP, (96, 64), 5, dtype))
     assert weights.matrix(UP).address % 64 == 0
-    assert weights.nbytes == small.parameters * (2 if dtype == "bf16" else 4)
+    assert weights.nbytes == small.parameters * (4 if dtype == "fp32" else 2)
 
 
 def test_a_compiled_fill_is_called_for_each_matrix(small: ModelConfig) -> None:
@@ -271,8 +271,9 @@ def write(path: Path, header: object, data: bytes) -> None:
         (lambda t: t.update({UP: t[UP][None]}), [UP, "[1, 608, 192]", "expected [608, 192]"]),
         (lambda t: t.update({UP: t[UP].reshape(-1)}), [UP, "[116736]", "expected [608, 192]"]),
         (lambda t: t.update({"model.norm.weight": np.ones((192, 1), np.float32)}), ["norm", "[192, 1]", "[192]"]),
-        (lambda t: t.update({UP: t[UP].astype(np.float16)}), [UP, "F16", "expected one of BF16, F32"]),
-        (lambda t: t.update({UP: t[UP].astype(np.int8)}), [UP, "I8", "expected one of BF16, F32"]),
+        (lambda t: t.update({UP: t[UP].astype(np.float64)}), [UP, "F64", "expected one of BF16, F16, F32"]),
+        (lambda t: t.update({UP: t[UP].astype(np.float16)}), [".dtype=fp32", "is fp16", "one dtype"]),
+        (lambda t: t.update({UP: t[UP].astype(np.int8)}), [UP, "I8", "expected one of BF16, F16, F32"]),
         (lambda t: t.update({UP: t[UP].astype(ml_dtypes.bfloat16)}), [".dtype=fp32", UP, "is bf16", "one dtype"]),
     ],
 )

@@ -1,6 +1,8 @@
 // The small functions of the kernels, one by one over arrays, for tests that call them by ctypes.
 
 #include "numerics.h"
+#include "penalties.h"
+#include "phases/filter.h"
 #include "sampling.h"
 #include "tiles.h"
 
@@ -13,6 +15,8 @@ void dot_as(Team& team, const void* w, int32_t type, const float* x, int32_t k, 
   const auto sink = [&](int r, float value) { out[r] = value; };
   if (WeightType(type) == WeightType::kBf16) {
     dot_rows(team, static_cast<const bf16*>(w), x, k, k, count, sink);
+  } else if (WeightType(type) == WeightType::kFp16) {
+    dot_rows(team, static_cast<const f16*>(w), x, k, k, count, sink);
   } else {
     dot_rows(team, static_cast<const float*>(w), x, k, k, count, sink);
   }
@@ -33,6 +37,41 @@ struct PlainTeam : HostTeam {
 
 extern "C" {
 
+// The filter phase's parts on one row of logits [n]: which tokens stay, and what is picked at positions 0 .. count.
+void shim_filter(const float* logits, int32_t n, float temperature, int32_t top_k, float top_p, float min_p, uint64_t seed,
+                 int32_t count, uint8_t* kept, int32_t* picked) {
+  HostTeam team(nullptr);
+  uint64_t bins[kDigits + 1];
+  const FilterRule rule{temperature, top_k, top_p, min_p};
+  float largest = logits[0];
+  for (int i = 1; i < n; ++i)
+    if (!(largest == largest) || logits[i] > largest) largest = logits[i];
+  const uint32_t threshold = filter_threshold(team, logits, n, rule, bins);
+  for (int i = 0; i < n; ++i) kept[i] = keeps(rule, logits[i], largest, threshold);
+  for (int i = 0; i < count; ++i)
+    picked[i] = unpack_token(keyed_best(team, logits, n, rule, largest, threshold, seed, i, &bins[kDigits]));
+}
+
+void shim_logprobs(const float* logits, int32_t n, int32_t count, Logprobs* out) {
+  HostTeam team(nullptr);
+  uint64_t cell;
+  find_logprobs(team, logits, n, count, *out, &cell);
+}
+
+// adjust_logit over a whole row: counts [n] of output tokens, with kSeenInPrompt.
+void shim_adjust(const float* logits, int32_t n, const int32_t* counts, const float* bias, const Slot* slot, int32_t position,
+                 float* out) {
+  Params p = {};
+  p.counts = const_cast<int32_t*>(counts);
+  p.bias = const_cast<float*>(bias);
+  struct {
+    int32_t vocab_size;
+  } dims{n};
+  Row row = {};
+  row.position = position;
+  for (int i = 0; i < n; ++i) out[i] = adjust_logit(p, dims, *slot, row, i, logits[i]);
+}
+
 void shim_exp(const float* x, float* out, uint64_t n) {
   for (uint64_t i = 0; i < n; ++i) out[i] = exp_(x[i]);
 }
@@ -47,6 +86,24 @@ void shim_silu(const float* x, float* out, uint64_t n) {
 
 void shim_to_bf16(const float* x, uint16_t* out, uint64_t n) {
   for (uint64_t i = 0; i < n; ++i) out[i] = to_bf16(x[i]).bits;
+}
+
+void shim_to_f16(const float* x, uint16_t* out, uint64_t n) {
+  for (uint64_t i = 0; i < n; ++i) out[i] = to_f16(x[i]).bits;
+}
+
+// n: a multiple of 32.
+void shim_widen(const f16* x, float* out, uint64_t n) {
+  for (uint64_t i = 0; i < n; i += 32) HostTeam::Chunk::load(x + i, 0).store(out + i, 0);
+}
+
+void shim_widen_one(const f16* x, float* out, uint64_t n) {
+  for (uint64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
+}
+
+// out: 32 floats, of which the first `count` are written.
+void shim_store_some(const float* x, int32_t count, int32_t plain, float* out) {
+  plain ? LaneChunk<1>::load(x, 0).store(out, 0, count) : HostTeam::Chunk::load(x, 0).store(out, 0, count);
 }
 
 void shim_sincos(const int32_t* position, const double* frequency, float* sine, float* cosine, uint64_t n) {

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from xlpk import layout
+from xlpk.backends.memory import WEIGHT_TYPES
 from xlpk.toolchain import build_shared
+from xlpk.weights import OUR_DTYPE
 
 Array = np.ndarray[Any, Any]
 
@@ -61,9 +63,51 @@ class Shim:
         self.dll.shim_pack(*arrays, ctypes.c_uint64(value.size))
         return packed, unpacked
 
+    def filter(
+        self,
+        logits: Array,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seed: int = 0,
+        count: int = 0,
+    ) -> tuple[Array, Array]:
+        """Logits [n] -> (kept [n] bool, picked token at positions 0 .. count)"""
+        logits = np.ascontiguousarray(logits, np.float32)
+        kept, picked = np.zeros(logits.size, np.uint8), np.zeros(count, np.int32)
+        rule = ctypes.c_float(temperature), top_k, ctypes.c_float(top_p), ctypes.c_float(min_p)
+        self.dll.shim_filter(
+            _address(logits), logits.size, *rule, ctypes.c_uint64(seed), count, _address(kept), _address(picked)
+        )
+        return kept.astype(bool), picked
+
+    def logprobs(self, logits: Array, count: int) -> tuple[float, list[int], list[float]]:
+        """(log of the sum of exp, most likely ids, their logprobs)"""
+        logits = np.ascontiguousarray(logits, np.float32)
+        out = np.zeros((), layout.LOGPROBS.dtype)
+        self.dll.shim_logprobs(_address(logits), logits.size, count, _address(out))
+        n = int(out["n"])
+        return float(out["log_sum"]), out["ids"][:n].tolist(), out["values"][:n].tolist()
+
+    def adjust(self, logits: Array, counts: Array, bias: Array, slot: Array, position: int) -> Array:
+        """Logits [n] after bias and penalties of a Slot record, in the row at `position`."""
+        logits, out = np.ascontiguousarray(logits, np.float32), np.empty(logits.size, np.float32)
+        counts, bias = counts.astype(np.int32), bias.astype(np.float32)
+        arrays = _address(counts), _address(bias), _address(slot)
+        self.dll.shim_adjust(_address(logits), logits.size, *arrays, position, _address(out))
+        return out
+
+    def store_some(self, values: Array, count: int, *, plain: bool) -> Array:
+        """[32] -> [32]: the first `count`, the others NaN."""
+        out = np.full(32, np.nan, np.float32)
+        self.dll.shim_store_some(_address(values), count, int(plain), _address(out))
+        return out
+
     def dot(self, w: Array, x: Array, *, plain: bool) -> Array:
-        """w [k] uint16 bits of bf16 or float32, x [count, k] -> [count]"""
-        kind = layout.WeightType.BF16 if w.dtype == np.uint16 else layout.WeightType.FP32
+        """w [k] as weights.NUMPY_DTYPE holds it, x [count, k] -> [count]"""
+        kind = WEIGHT_TYPES[OUR_DTYPE[w.dtype]]
         out = np.empty(len(x), np.float32)
         self.dll.shim_dot(_address(w), int(kind), _address(x), x.shape[1], len(x), int(plain), _address(out))
         return out

@@ -17,7 +17,7 @@ from xlpk.model import Model
 from xlpk.reference import bound
 from xlpk.speculation import Ngram
 from xlpk.toolchain import CXX_FLAGS, build_cpu_library
-from xlpk.weights import bf16_decode, bf16_encode
+from xlpk.weights import NUMPY_DTYPE, bf16_encode, decode
 from xlpk.workload import Request
 
 X86 = {
@@ -54,7 +54,7 @@ def outputs(model: Model, library: CpuLibrary, *, threads: int = 1) -> tuple[dic
         return dict(log.tokens), backend.logits(270)
 
 
-@pytest.mark.parametrize("name", ["narrow", "head128_mha_fp32"])
+@pytest.mark.parametrize("name", ["narrow", "head128_mha_fp32", "head80", "biases_fp16"])
 def test_every_build_gives_the_same_bits(
     small: Callable[[str], Model], cpu_library: CpuLibrary, variants: dict[str, CpuLibrary], name: str
 ) -> None:
@@ -68,18 +68,18 @@ def test_every_build_gives_the_same_bits(
         assert others == tokens, variant
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_dot_has_one_order(cache: Path, dtype: str) -> None:
     """The vector chunk against the portable one, alone and among others, for every remainder of the row block."""
     shim = Shim(cache)
     rng = np.random.RandomState(7)
     for k in (32, 64, 96, 1056, 8192):
         w: Array = rng.standard_normal(k).astype(np.float32)
-        w = bf16_encode(w) if dtype == "bf16" else w
+        w = bf16_encode(w) if dtype == "bf16" else w.astype(NUMPY_DTYPE[dtype])
         x = (rng.standard_normal((9, k)) * 10.0 ** rng.randint(-3, 4, (9, k))).astype(np.float32)
         plain = shim.dot(w, x, plain=True)
-        exact = x.astype(np.float64) @ (bf16_decode(w) if dtype == "bf16" else w).astype(np.float64)
-        size = np.abs(x.astype(np.float64)) @ np.abs(bf16_decode(w) if dtype == "bf16" else w).astype(np.float64)
+        exact = x.astype(np.float64) @ decode(w).astype(np.float64)
+        size = np.abs(x.astype(np.float64)) @ np.abs(decode(w)).astype(np.float64)
         assert (np.abs(plain - exact) <= bound("fp32", k) * size).all()
         for count in range(1, 10):
             for row in shim.dot(w, x[:count], plain=False), shim.dot(w, x[:count], plain=True):

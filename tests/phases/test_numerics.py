@@ -14,7 +14,7 @@ from phases.shims import Array, Shim, ulps
 
 from xlpk.backends.cpu import CpuLibrary
 from xlpk.model import SHAPES
-from xlpk.weights import HASH_SCALE, hash_tensor, philox4x32, tensor_id
+from xlpk.weights import HASH_SCALE, NUMPY_DTYPE, hash_tensor, philox4x32, tensor_id
 
 PI = Fraction(31415926535897932384626433832795028841971693993751058209749445923, 10**64)
 
@@ -101,6 +101,40 @@ def test_to_bf16_equals_ml_dtypes(shim: Shim) -> None:
     np.testing.assert_array_equal(ours >> 15, values.view(np.uint32) >> np.uint32(31))  # the sign stays, of a NaN too
 
 
+def test_to_f16_equals_numpy(shim: Shim) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    finite = every[np.isfinite(every)]
+    with np.errstate(over="ignore"):  # the last place of the largest
+        ties = finite + np.spacing(finite.astype(np.float16)).astype(np.float32) / 2
+    beside = [np.nextafter(ties, np.float32(side)) for side in (-np.inf, np.inf)]
+    random = np.random.RandomState(4).randint(0, 1 << 32, 1_000_000, np.uint32).view(np.float32)
+    values = np.concatenate([every, ties, *beside, random, np.float32([65519.996, 65520, 2**-25, 2**-26, 1e-45])])
+    nan = np.isnan(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = values.astype(np.float16).view(np.uint16)
+    ours = shim.map("to_f16", values, np.uint16)
+    np.testing.assert_array_equal(ours[~nan], expected[~nan])
+    assert np.isnan(ours[nan].view(np.float16)).all()
+
+
+def test_every_half_widens_exactly(shim: Shim) -> None:
+    """By the instruction and by hand; a NaN comes back quiet with its payload."""
+    every = np.arange(1 << 16, dtype=np.uint16)
+    expected = every.view(np.float16).astype(np.float32).view(np.uint32)
+    expected |= np.where(np.isnan(every.view(np.float16)), np.uint32(0x400000), np.uint32(0))
+    for name in ("widen", "widen_one"):
+        np.testing.assert_array_equal(shim.map(name, every).view(np.uint32), expected)
+
+
+def test_a_part_of_a_chunk_is_stored(shim: Shim) -> None:
+    values = np.arange(32, dtype=np.float32)
+    for plain in (False, True):
+        for count in (1, 16, 31, 32):
+            out = shim.store_some(values, count, plain=plain)
+            np.testing.assert_array_equal(out[:count], values[:count])
+            assert np.isnan(out[count:]).all()
+
+
 # ---------------------------------------------------------------------------------------------- random words
 
 # Random123, tests/kat_vectors: philox4x32 10 (counter, key, result).
@@ -129,10 +163,10 @@ def test_philox_equals_numpy(shim: Shim) -> None:
         np.testing.assert_array_equal(shim.philox(counter, key), expected)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("count", [1, 3, 4, 255, 256, 257, 1023, 70_001, (1 << 20) + 5])
 def test_fill_hash_equals_numpy(cpu_library: CpuLibrary, dtype: str, count: int) -> None:
-    kind = np.uint16 if dtype == "bf16" else np.float32
+    kind = NUMPY_DTYPE[dtype]
     for seed in (0, 0xFEDCBA9876543210):
         guarded = np.full(count + 8, 77, kind)
         cpu_library.fill_hash(guarded[:count], tensor_id("name"), seed, float(HASH_SCALE))

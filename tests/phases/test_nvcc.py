@@ -28,8 +28,12 @@ ONE_B = SHAPES["llama_1b_shape"]
 MODELS = {  # (config, type of weights, type of KV)
     "llama_1b_bf16": (ONE_B, "bf16", "bf16"),
     "head128_fp32": (replace(ONE_B, head_dim=128, num_attention_heads=16, num_key_value_heads=4), "fp32", "fp32"),
+    "head80_fp16": (replace(ONE_B, head_dim=80, attention_bias=True, mlp_bias=True), "fp16", "bf16"),
 }
 SOURCES = ("xl_persistent_megakernel.cu", "launched.cu")
+
+
+OTHER_ARCHES = ("sm_80", "sm_100a")  # the same source, one model: do they build without spills as well
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,16 @@ def test_one_persistent_kernel_and_one_kernel_a_phase(builds: dict[tuple[str, st
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
         assert kernel.registers <= 255, kernel
         assert kernel.stack_bytes <= 16, kernel  # four random words, of which a token's is picked by index
+
+
+@pytest.mark.parametrize("arch", OTHER_ARCHES)
+def test_other_architectures_build_without_spills(cache: Path, arch: str) -> None:
+    config, weights, pages = MODELS["llama_1b_bf16"]
+    plan = KVPlan.make(KV(dtype=pages), config, weights, 4096)
+    defines = dims_defines(dims_record(config, plan), weights, pages)
+    (kernel,) = build_cubin(SOURCES[0], cache, arch=arch, defines=defines).kernels
+    assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
+    assert kernel.registers <= 255, kernel
 
 
 def find_disassembler() -> list[str] | None:

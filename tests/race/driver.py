@@ -49,7 +49,14 @@ def requests(answers: dict[str, list[int]]) -> list[Request]:
     for i, (length, n) in enumerate(((258, 3), (7, 8), (19, 6), (1, 9), (12, 5))):
         prompt = rng.randint(0, VOCAB, 5)[np.arange(length) % 5].tolist()
         oracle = tuple(answers.get(str(i), ()))
-        out.append(Request(i, tuple(prompt), n, temperature=0.8 * (i % 2), seed=i, ignore_eos=True, oracle=oracle))
+        options: dict[str, Any] = {
+            1: {"repetition_penalty": 1.2, "frequency_penalty": 0.3},
+            3: {"top_k": 40, "top_p": 0.9, "logprobs": 2},
+            4: {"logit_bias": ((5, 2.0), (9, 1.0))},
+        }.get(i, {})
+        out.append(
+            Request(i, tuple(prompt), n, temperature=0.8 * (i % 2), seed=i, ignore_eos=True, oracle=oracle, **options)
+        )
     return out
 
 

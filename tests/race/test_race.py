@@ -201,9 +201,7 @@ FAULTS = {
     "output: merged rows read before they are written": Fault(
         "phases/output.h", "    }\n  }\n  team.sync();\n}", "    }\n  }\n}"
     ),
-    "attend: scores read before they are written": Fault(
-        "phases/attend.h", "    });\n  team.warp_sync();\n", "    });\n"
-    ),
+    "attend: scores read before they are written": Fault("phases/attend.h", "  });\n  team.warp_sync();\n", "  });\n"),
     "attend: weights read before they are written": Fault(
         "phases/attend.h", ": 0.0f;\n    team.warp_sync();\n", ": 0.0f;\n"
     ),
@@ -217,6 +215,18 @@ FAULTS = {
     ),
     "idle: control rewrites the descriptor while others read it": Fault(
         "persistent.h", "      if (!grid.sync(team)) return;  // nobody", "      // nobody"
+    ),
+    "forward: a team asks late whether there is a filter phase": Fault(
+        "forward.h", "Phase::kFilter && !filters", "Phase::kFilter && p.step->n_filter_rows == 0"
+    ),
+    "filter: bins cleared while they are read": Fault(
+        "phases/filter.h", "    team.sync();  // the next round clears the bins\n", ""
+    ),
+    "filter: a sum is read before all have added": Fault(
+        "phases/filter.h", "  team.add(cell, own);\n  team.sync();\n", "  team.add(cell, own);\n"
+    ),
+    "scheduler: counts are entered while they are cleared": Fault(
+        "stages/scheduler.h", "    bias[i] = 0.0f;\n  }\n  team.sync();\n", "    bias[i] = 0.0f;\n  }\n"
     ),
     "draft: shared words reused too early": Fault(
         "stages/draft.h",

@@ -107,7 +107,7 @@ class Audit:
             return spec.propose(tokens, count)
         if isinstance(spec, Oracle):
             done = int(s["length"] - s["prompt_len"])
-            answers = self.memory("oracle")[slot, done : s["oracle_len"]].tolist()[:count]
+            answers = self.memory("oracle")[slot, done : s["oracle_len"] - 1].tolist()[:count]
             stride, vocab = spec.mismatch_stride, self.backend._model.config.vocab_size
             return [
                 (answer + 1) % vocab if stride > 0 and (done + j + 1) % stride == 0 else answer
@@ -145,7 +145,7 @@ class Audit:
             rows += [(slot, length - 1 + i, token, True) for i, token in enumerate(sequence)]
             assert s["n_pages"] == self.pages_for(length + len(drafts))
             pages_draft += int(s["n_pages"]) - self.pages_for(length)
-            pages_locked += int(s["n_pages"])
+            pages_locked += self.pages_for(length)
             drafts_of[int(s["request_id"])] = drafts
             context += length + len(drafts)
             computed[int(s["request_id"])] = length
@@ -223,7 +223,7 @@ class Audit:
             n_accepted[step] += tokens[0].n_accepted
             stored[step][request_id] += tokens[0].n_accepted
             expected = self.verify(drafts, planned.picks[request_id], first)
-            accepted = len(expected) - 1
+            accepted = len(tokens) - 1  # the last token of an output is the target's own
             assert tokens[0].n_accepted == accepted
             self.n_accepted += accepted
             self.n_rejected += len(drafts) - accepted

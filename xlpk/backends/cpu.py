@@ -24,10 +24,13 @@ from xlpk.kv import KVPlan
 from xlpk.model import Model
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Proposer
 from xlpk.toolchain import Build, build_cpu_library
+from xlpk.units import format_bytes
+from xlpk.weights import OUR_DTYPE
 from xlpk.workload import Request
 
 _FILL_PART = 1 << 20  # elements of hash weights a thread makes at a time; a multiple of 4
 _BATCH = 4096  # records taken from a ring in one call
+_FILTER = layout.PHASE_NAMES.index("filter")
 _FINISH_REASONS = {int(reason): reason.name.lower() for reason in layout.FinishReason}
 
 
@@ -46,7 +49,7 @@ class CpuLibrary:
             "xl_close": (None, [pointer]),
             "xl_submit": (i32, [pointer, pointer, pointer]),
             "xl_cancel": (i32, [pointer, u64]),
-            "xl_take_events": (i32, [pointer, pointer, i32]),
+            "xl_take_events": (i32, [pointer, pointer, pointer, i32]),
             "xl_take_steps": (i32, [pointer, pointer, i32]),
             "xl_aborted": (i32, [pointer]),
             "xl_control": (i32, [pointer]),
@@ -59,8 +62,8 @@ class CpuLibrary:
             function.restype, function.argtypes = result, arguments
 
     def fill_hash(self, array: np.ndarray[Any, Any], tensor_id: int, seed: int, scale: float) -> None:
-        """Weights by counter hash into a contiguous uint16 (bf16) or float32 array; the bits of weights.hash_tensor."""
-        kind = layout.WeightType.BF16 if array.dtype == np.uint16 else layout.WeightType.FP32
+        """Weights by counter hash into a contiguous array as weights.NUMPY_DTYPE holds it; the bits of hash_tensor."""
+        kind = WEIGHT_TYPES[OUR_DTYPE[array.dtype]]
 
         def fill(first: int) -> None:
             count = min(_FILL_PART, array.size - first)
@@ -96,6 +99,8 @@ class CpuBackend:
         library: CpuLibrary | None = None,
     ) -> None:
         """`threads`: teams; 0: one a core. `debug_logits`: keep the logits of slot 0 by position (see `logits`)."""
+        self._session: int | None = None
+        self._report = BackendReport()
         self.spec: Proposer = spec or NoSpec()
         self.acceptance: Acceptance = acceptance or Keyed()
         if orchestration not in ("persistent", "launched"):
@@ -113,11 +118,8 @@ class CpuBackend:
         self._spin_deadline_s = spin_deadline_s
         self._debug_logits = debug_logits
         self._library = library
-        self._session: int | None = None
         self._memory: HostMemory | None = None
         self._plan: KVPlan | None = None
-        self._report = BackendReport()
-        self._closed = False
 
     @property
     def library(self) -> CpuLibrary:
@@ -129,20 +131,25 @@ class CpuBackend:
     def open(self, model: Model, plan: KVPlan) -> None:
         dll = self.library.dll
         teams = self.threads
-        memory = host_memory(
-            model,
-            plan,
-            self.limits,
-            self.spec,
-            self.acceptance,
-            teams=teams,
-            warps=max(1, dll.xl_threads_per_team() // 2),
-            spin_deadline_s=self._spin_deadline_s,
-            logits=self._debug_logits,
-        )
+        try:
+            memory = host_memory(
+                model,
+                plan,
+                self.limits,
+                self.spec,
+                self.acceptance,
+                teams=teams,
+                warps=max(1, dll.xl_threads_per_team() // 2),
+                spin_deadline_s=self._spin_deadline_s,
+                logits=self._debug_logits,
+            )
+        except MemoryError:
+            size = format_bytes(plan.total_bytes)
+            raise InputError("kv.budget", size, "what this machine can allocate beside the model's buffers") from None
         self._memory, self._plan, self._model = memory, plan, model
         self._phases = layout.phase_sequence(model.config.num_hidden_layers)
         self._events = np.zeros(_BATCH, layout.EVENT.dtype)
+        self._logprobs = np.zeros(_BATCH, layout.LOGPROBS.dtype)
         self._steps = np.zeros(_BATCH, layout.STEP_RECORD.dtype)
         session = dll.xl_open(
             memory.params.ctypes.data,
@@ -202,6 +209,16 @@ class CpuBackend:
                 raise InputError(f"{where}: token id", token, f"0 to {vocab - 1}")
         if len(request.stop_token_ids) > layout.MAX_STOP_IDS:
             raise InputError(f"{where}: stop_token_ids", len(request.stop_token_ids), f"at most {layout.MAX_STOP_IDS}")
+        for token, _ in request.logit_bias:
+            if not 0 <= token < vocab:
+                raise InputError(f"{where}: logit_bias", token, f"0 to {vocab - 1}")
+        for name, length, most in (
+            ("target", len(request.target), layout.MAX_TARGET),
+            ("logit_bias", len(request.logit_bias), layout.MAX_BIAS),
+            ("logprobs", request.logprobs or 0, layout.MAX_LOGPROBS),
+        ):
+            if length > most:
+                raise InputError(f"{where}: {name}", length, f"at most {most}")
         if len(request.oracle) > plan.max_len:
             raise InputError(f"{where}: oracle", len(request.oracle), f"at most {plan.max_len} tokens")
         pages = plan.pages_for(len(request.prompt) + request.max_new_tokens)
@@ -221,8 +238,17 @@ class CpuBackend:
         record["ignore_eos"] = request.ignore_eos
         record["n_stop_ids"] = len(request.stop_token_ids)
         record["temperature"] = request.temperature
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            record[name] = getattr(request, name)
+        record["n_logprobs"] = -1 if request.logprobs is None else request.logprobs
+        record["n_bias"], record["n_target"] = len(request.logit_bias), len(request.target)
+        record["target"][: len(request.target)] = request.target
         record["stop_ids"][: len(request.stop_token_ids)] = request.stop_token_ids
-        tokens = np.asarray((*request.prompt, *request.oracle), np.int32)
+        pairs = np.zeros((len(request.logit_bias), 2), np.int32)
+        if request.logit_bias:
+            pairs[:, 0] = [token for token, _ in request.logit_bias]
+            pairs[:, 1] = np.asarray([bias for _, bias in request.logit_bias], np.float32).view(np.int32)
+        tokens = np.concatenate([np.asarray((*request.prompt, *request.oracle), np.int32), pairs.ravel()])
         return bool(self.library.dll.xl_submit(self._session, record.ctypes.data, tokens.ctypes.data))
 
     def cancel(self, request_id: int) -> None:
@@ -233,18 +259,23 @@ class CpuBackend:
             time.sleep(0.001)
 
     def poll(self) -> list[Event]:
-        if self.orchestration == "launched":
+        if self.orchestration == "launched" and not self.library.dll.xl_aborted(self._session):
             self._run_step()
-        self._raise_if_aborted()
-        return self._drain()
+        events = self._drain()
+        if not events:  # what the loop published before it died comes first
+            self._raise_if_aborted()
+        return events
 
     def _run_step(self) -> None:
         dll, session, report = self.library.dll, self._session, self._report
         if dll.xl_control(session) == 0:
             return
+        assert self._memory is not None
+        filters = bool(self._memory["step"]["n_filter_rows"][0])
         for phase, layer in self._phases:
-            dll.xl_launch(session, phase, layer)
-        report.launches += len(self._phases)
+            if phase != _FILTER or filters:
+                dll.xl_launch(session, phase, layer)
+                report.launches += 1
         dll.xl_synchronize(session)
         report.syncs += 1
 
@@ -255,9 +286,13 @@ class CpuBackend:
         steps = self._steps[:n_steps].copy()
         out: list[Event] = []
         while True:
-            count = dll.xl_take_events(session, self._events.ctypes.data, _BATCH)
+            count = dll.xl_take_events(session, self._events.ctypes.data, self._logprobs.ctypes.data, _BATCH)
             host_ns = time.monotonic_ns()
-            out += [_event(record, host_ns) for record in self._events[:count].tolist()]
+            for index, record in enumerate(self._events[:count].tolist()):
+                event = _event(record, host_ns)
+                if isinstance(event, Token) and record[_N_LOGPROBS] >= 0:
+                    event = _with_logprobs(event, self._logprobs[index])
+                out.append(event)
             if count < _BATCH:
                 break
         host_ns = time.monotonic_ns()
@@ -281,9 +316,11 @@ class CpuBackend:
         assert self._memory is not None
         return int(self._memory["state"]["n_free_pages"][0])
 
+    def __del__(self) -> None:
+        self.close()  # threads must not outlive the buffers that they use
+
     def close(self) -> BackendReport:
-        if self._session is not None and not self._closed:
-            self._closed = True
+        if self._session is not None:
             self.library.dll.xl_close(self._session)
             self._session = None
             self._report.syncs += 1
@@ -291,16 +328,23 @@ class CpuBackend:
 
 
 _EVENT_NAMES: Sequence[str] = layout.EVENT.dtype.names or ()
+_N_LOGPROBS = _EVENT_NAMES.index("n_logprobs")
 _STEP_NAMES: Sequence[str] = layout.STEP_RECORD.dtype.names or ()
 
 
 def _event(record: tuple[int, ...], host_ns: int) -> Event:
-    request_id, step, device_ns, kind, token, output_index, reason, n_drafts, n_accepted = record
+    request_id, step, device_ns, kind, token, output_index, reason, n_drafts, n_accepted = record[:9]
     if kind == layout.EventKind.TOKEN:
         return Token(request_id, step, device_ns, host_ns, token, output_index, n_drafts, n_accepted)
     if kind == layout.EventKind.ADMITTED:
         return Admitted(request_id, step, device_ns, host_ns)
     return Finished(request_id, step, device_ns, host_ns, _FINISH_REASONS[reason], output_index)
+
+
+def _with_logprobs(token: Token, record: np.void) -> Token:
+    n = int(record["n"])
+    top = zip(record["ids"][:n].tolist(), record["values"][:n].tolist(), strict=True)
+    return token._replace(logprob=float(record["token"]), top_logprobs=tuple(top))
 
 
 def _step(record: tuple[Any, ...], host_ns: int) -> StepDone:

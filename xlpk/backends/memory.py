@@ -16,7 +16,11 @@ from xlpk.kv import KVPlan
 from xlpk.model import Model, ModelConfig
 from xlpk.speculation import Acceptance, Forced, Ngram, Oracle, Proposer
 
-WEIGHT_TYPES = {"bf16": layout.WeightType.BF16, "fp32": layout.WeightType.FP32}
+WEIGHT_TYPES = {
+    "bf16": layout.WeightType.BF16,
+    "fp16": layout.WeightType.FP16,
+    "fp32": layout.WeightType.FP32,
+}
 
 
 @dataclass(frozen=True)
@@ -41,24 +45,31 @@ def buffer_table(
     spans = -(-max_len // layout.ATTENTION_SPAN)
     f32, i32 = np.float32, np.int32
     submissions = 256
+    events = power_of_two_at_least(max(16384, 8 * slots * (layout.MAX_BLOCK + 1)))
     return {
         "kv": ((plan.total_bytes,), np.uint8),
         "x": ((rows, config.hidden_size), f32),
-        "q": ((rows, heads * head_dim), f32),
+        "q": ((rows, heads, config.head_stride), f32),
         "span_max": ((rows, heads, spans), f32),
         "span_sum": ((rows, heads, spans), f32),
-        "span_acc": ((rows, heads, spans, head_dim), f32),
+        "span_acc": ((rows, heads, spans, config.head_stride), f32),
         "act": ((rows, config.intermediate_size), f32),
         "rope": ((rows, head_dim), f32),
         "best": ((rows, 2), np.uint64),
         "logits": ((max_len, config.vocab_size) if logits else (0,), f32),
+        "processed": ((rows, config.vocab_size), f32),
+        "raw": ((rows, config.vocab_size), f32),
+        "row_logprobs": ((rows,), layout.LOGPROBS.dtype),
+        "counts": ((slots, config.vocab_size), i32),
+        "bias": ((slots, config.vocab_size), f32),
         "mailbox": ((1,), layout.MAILBOX.dtype),
         "grid": ((1,), layout.GRID_STATE.dtype),
         "submissions": ((submissions,), layout.SUBMISSION.dtype),
-        "prompts": ((power_of_two_at_least(4 * max_len),), i32),
+        "prompts": ((power_of_two_at_least(4 * max_len + 4 * layout.MAX_BIAS),), i32),
         "cancels": ((submissions,), np.uint64),
         "cancelled": ((submissions,), np.uint8),
-        "events": ((power_of_two_at_least(max(16384, 8 * slots * (layout.MAX_BLOCK + 1))),), layout.EVENT.dtype),
+        "events": ((events,), layout.EVENT.dtype),
+        "logprobs": ((events,), layout.LOGPROBS.dtype),
         "step_records": ((8192,), layout.STEP_RECORD.dtype),
         "state": ((1,), layout.LOOP_STATE.dtype),
         "step": ((1,), layout.STEP.dtype),
@@ -80,7 +91,8 @@ def scratch_floats(config: ModelConfig, limits: Limits, *, warps: int) -> int:
     staged = limits.max_step_rows * max(config.hidden_size + 4 * warps, config.num_attention_heads * config.head_dim)
     group = config.num_attention_heads // config.num_key_value_heads
     scores = warps * group * layout.ATTENTION_SPAN
-    return -(-max(staged, scores) // layout.VIRTUAL_LANES) * layout.VIRTUAL_LANES
+    bins = 2 * 257  # of the filter phase, 64 bits each
+    return -(-max(staged, scores, bins) // layout.VIRTUAL_LANES) * layout.VIRTUAL_LANES
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -129,6 +141,11 @@ def layer_weights(model: Model) -> tuple[np.ndarray[Any, Any], list[Any]]:
             *((name, "mlp") for name in ("gate_proj", "up_proj", "down_proj")),
         ):
             layers[field][index] = model.weights.matrix(f"{prefix}{block}.{field}.weight").address
+            bias = f"{prefix}{block}.{field}.bias"
+            if bias in model.weights.names:
+                vector = model.weights.vector(bias)
+                kept.append(vector)
+                layers[field.replace("_proj", "_bias")][index] = vector.ctypes.data
     return layers, kept
 
 
@@ -157,7 +174,7 @@ def host_memory(
     buffers["state"]["n_free_pages"] = plan.pages
     layers, kept = layer_weights(model)
     norm = model.weights.vector("model.norm.weight")
-    inv_freq = np.ascontiguousarray(config.inv_freq(), np.float64)
+    inv_freq = np.ascontiguousarray(config.at_length(plan.max_len).inv_freq(), np.float64)
     eos_ids = np.asarray(config.eos_token_ids or (-1,), np.int32)
     embedding = model.weights.matrix("model.embed_tokens.weight")
     head = embedding if config.tie_word_embeddings else model.weights.matrix("lm_head.weight")
