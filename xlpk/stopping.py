@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-BROKEN = "\ufffd"  # what the decoder puts for bytes that are no whole character yet
+from xlpk.text import IncrementalText
 
 
 class StopMatcher:
     """Watches one request's output for the first of its stop strings."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
+        self._incremental = IncrementalText(tokenizer)
         self._stop = tuple(stop)
-        self._ids: list[int] = []
+        self._longest = max(map(len, self._stop))
+        self._text = ""
 
     def push(self, token: int) -> str | None:
         """One more output token -> the text before the stop string once there is one, else None."""
-        self._ids.append(token)
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=False)).rstrip(BROKEN)
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        return text[: min(found)] if found else None
+        searched = max(0, len(self._text) - self._longest + 1)  # a string may have begun in what was known
+        self._text += self._incremental.push(token)
+        found = [at for at in (self._text.find(stop, searched) for stop in self._stop) if at >= 0]
+        return self._text[: min(found)] if found else None
