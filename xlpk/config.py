@@ -261,6 +261,8 @@ def _short(value: object) -> str:
 def explain(error: Exception, argv: Iterable[str] = ()) -> InputError:
     """Hydra's own refusals (unknown key or option, wrong type, syntax) as one InputError; `argv` has what was typed."""
     refused = _explain(error)
+    if not refused.field:  # `=` alone
+        refused = InputError("command line", refused.value or "''", refused.allowed)
     if refused.value == UNKNOWN:
         typed = [text.partition("=")[2] for text in argv if text.partition("=")[0].lstrip("+~") == refused.field]
         return InputError(refused.field, _short(typed[-1]) if typed else UNKNOWN, refused.allowed)

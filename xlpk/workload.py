@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from xlpk.model import Model
 
 
+MAX_REQUESTS = 1_000_000  # all of them are made before the first is sent
+MAX_TOKENS = 100_000_000  # of all synthetic prompts
 MIN_TEMPERATURE = 1e-5  # logits divided by less could overflow
 
 
@@ -94,8 +96,8 @@ class Prompts:
             if not text:
                 raise InputError("workload.prompt", "''", "a prompt of at least one character")
         count = len(texts) if self.requests is None else self.requests
-        if count < 1:
-            raise InputError("workload.requests", count, "at least 1")
+        if not 1 <= count <= MAX_REQUESTS:
+            raise InputError("workload.requests", count, f"1 to {MAX_REQUESTS}")
         return [texts[index % len(texts)] for index in range(count)]
 
 
@@ -111,9 +113,13 @@ class Synthetic:
 
     def prompts(self, vocab_size: int) -> list[tuple[int, ...]]:
         """[requests][prompt_len] token ids; a pure function of (seed, vocab_size). Raises InputError."""
-        for key, value in (("requests", self.requests), ("prompt_len", self.prompt_len)):
-            if value < 1:
-                raise InputError(f"workload.{key}", value, "at least 1")
+        for key, value, most in (
+            ("requests", self.requests, MAX_REQUESTS),
+            ("prompt_len", self.prompt_len, MAX_TOKENS),
+            ("requests x prompt_len", self.requests * self.prompt_len, MAX_TOKENS),
+        ):
+            if not 1 <= value <= most:
+                raise InputError(f"workload.{key}", value, f"at least 1, at most {most}")
         if self.output_len is not None and self.output_len < 1:
             raise InputError("workload.output_len", self.output_len, "at least 1, or null")
         if self.seed < 0:
