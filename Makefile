@@ -1,15 +1,19 @@
-# make run | bench | test | test-all | lint | clean. Each makes .venv if there is none and installs what it needs.
+# make run | bench | bench-peers | test | test-all | lint | clean
+# Each makes .venv if there is none and installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: run bench test test-all lint clean
+.PHONY: run bench bench-peers test test-all lint clean
 
 run: $(VENV)/.installed
 	$(PY) -m xlpk.run -m mode=serial_decode,speculative_decode
 
 bench: $(VENV)/.installed-peers
 	$(PY) -m xlpk.bench
+
+bench-peers: $(VENV)/.installed-bench-peers
+	$(PY) -m xlpk.bench --peers transformers,llama.cpp
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not heavy and not peers and not gpu"
@@ -40,3 +44,8 @@ $(VENV)/.installed-dev: pyproject.toml | $(PY)
 $(VENV)/.installed-peers: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --editable '.[dev,peers]'
 	touch $@ $(VENV)/.installed-dev $(VENV)/.installed
+
+# llama.cpp is compiled for this machine's instructions; that takes minutes.
+$(VENV)/.installed-bench-peers: pyproject.toml | $(PY)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PY) -m pip install --quiet --editable '.[dev,bench-peers]'
+	touch $@ $(VENV)/.installed-peers $(VENV)/.installed-dev $(VENV)/.installed

@@ -85,6 +85,35 @@ XL_FN bool rings_have_room(const Params& p) {
   return free_events(p) >= events_per_round(p) && records + 1 < uint64_t(p.step_capacity);
 }
 
+// Thread 0. Why the loop should leave now; its clocks are those of this launch.
+XL_FN LeaveReason leave_reason(const Params& p, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  if (load_acquire_system(&p.mailbox->stop) != 0) return LeaveReason::kStop;
+  if (p.heartbeat_ns > 0) {
+    const uint64_t beat = load_acquire_system(&p.mailbox->heartbeat);
+    if (beat != state.beat) {
+      state.beat = beat;
+      state.beat_ns = now_ns;
+    } else if (now_ns - state.beat_ns > p.heartbeat_ns) {
+      return LeaveReason::kHeartbeat;
+    }
+  }
+  if (p.lease_ns > 0 && now_ns - state.launched_ns > p.lease_ns) return LeaveReason::kLease;
+  if (state.n_order > 0 || load_acquire_system(&p.mailbox->submit_tail) != state.submit_head) state.busy_ns = now_ns;
+  if (p.idle_ns > 0 && now_ns - state.busy_ns > p.idle_ns) return LeaveReason::kIdle;
+  return LeaveReason::kNone;
+}
+
+// Thread 0. The last words of a round of control.
+XL_FN void publish_round(const Params& p) {
+  Mailbox& mailbox = *p.mailbox;
+  mailbox.running = uint32_t(p.state->n_order);
+  store_release_system(&mailbox.progress, ++p.state->n_rounds);
+  if (p.step->leave == int(LeaveReason::kNone)) return;
+  mailbox.leave = uint32_t(p.step->leave);
+  store_release_system(&mailbox.n_left, ++p.state->n_left);
+}
+
 // The whole team. Afterwards Step says what to run: `leave`, a step of n_rows, or nothing.
 template <class Team, class Dims>
 XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Dims& d) {
@@ -94,7 +123,7 @@ XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Di
   stage_scheduler(team, grid, p, d, now_ns);
   if (team.thread() == 0) {
     for (int i = 0; i < state.n_order; ++i) p.slots[p.order[i]].row_count = p.slots[p.order[i]].n_drafts = 0;
-    p.step->leave = load_acquire_system(&p.mailbox->stop) != 0 ? 1 : 0;
+    p.step->leave = int(leave_reason(p, now_ns));
     state.draft_rows = !p.step->leave && rings_have_room(p) ? rows_for_drafts(p) : -1;
   }
   team.sync();
@@ -104,6 +133,7 @@ XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Di
     if (draft_rows >= 0) plan_step(grid, p, d.page_size, now_ns);
     store_release_system(&p.mailbox->event_tail, state.event_tail);
     store_release_system(&p.mailbox->step_tail, state.step_tail);
+    publish_round(p);
     state.phase_ns[int(Phase::kControl)] += clock_ns() - now_ns;
   }
   team.sync();

@@ -1,11 +1,17 @@
 // The CPU entry: the kernels as a shared library. Threads play the teams; they are started once per session. Every address in
 // Params belongs to the caller and outlives the session.
 
-#include <atomic>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
+#include "launched.h"
 #include "persistent.h"
 
 namespace {
@@ -21,8 +27,15 @@ using Team = HostTeam;
 using ControlTeam = HostTeam;
 struct TeamShared {
   float* scratch = nullptr;
+#if defined(XL_AMX)
+  bf16* packed = nullptr;
+#endif
 };
 #endif
+
+struct Free {
+  void operator()(void* memory) const { free(memory); }
+};
 
 // Dimensions known at run time, so that one library serves every checkpoint.
 template <class W, class C>
@@ -43,16 +56,39 @@ struct Session {
   xl::Dims dims;
   WeightType weight, cache;
   int teams;
-  uint64_t prompt_tail = 0;  // host: prompt tokens written
   std::vector<TeamShared> shared;
+  std::unique_ptr<bf16, Free> packed;  // activations of all teams, if the build packs them
   std::vector<std::thread> threads;
   // Orchestration `launched`: a stream of phases in order, as a GPU's stream is.
   Command commands[kCommands];
   alignas(kLine) uint64_t issued = 0;     // host
   alignas(kLine) uint64_t completed = 0;  // team 0
-#if defined(XL_RACE)
-  RaceShared<1, 1> control_shared;
-#endif
+};
+
+class Heartbeat {
+ public:
+  Heartbeat(Mailbox* mailbox, uint64_t interval_ns)
+      : thread_([=] {
+          std::unique_lock<std::mutex> lock(mutex_);
+          for (uint64_t beat = 1; !ended_; ++beat) {
+            store_release_system(&mailbox->heartbeat, beat);
+            wake_.wait_for(lock, std::chrono::nanoseconds(interval_ns));
+          }
+        }) {}
+  ~Heartbeat() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+    }
+    wake_.notify_one();
+    thread_.join();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool ended_ = false;
+  std::thread thread_;  // last: it uses the others
 };
 
 template <class Visit>
@@ -76,12 +112,27 @@ Team make_team(Session& s, int team, int thread) {
   return Team(&s.shared[size_t(team)], thread);
 #else
   (void)thread;
+#if defined(XL_AMX)
+  return Team(s.shared[size_t(team)].scratch, s.shared[size_t(team)].packed);
+#else
   return Team(s.shared[size_t(team)].scratch);
+#endif
 #endif
 }
 
-Grid make_grid(const Session& s, int team) {
-  return Grid{s.params.grid, s.params.mailbox, team, s.teams, s.params.spin_deadline_ns, 0};
+// Memory for what the teams pack, untouched until they do. False: there is none.
+bool give_packed_rows(Session& s) {
+#if defined(XL_AMX)
+  const int widest = s.dims.num_attention_heads * s.dims.head_dim;
+  const int longest = std::max({s.dims.hidden_size, s.dims.intermediate_size, widest});
+  const size_t elements = packed_elements(std::min(s.params.max_rows, Panel<bf16, bf16>::rows), longest);
+  s.packed.reset(static_cast<bf16*>(aligned_alloc(64, size_t(s.teams) * elements * sizeof(bf16))));
+  for (int team = 0; team < s.teams; ++team) s.shared[size_t(team)].packed = s.packed.get() + size_t(team) * elements;
+  return s.packed != nullptr;
+#else
+  (void)s;
+  return true;
+#endif
 }
 
 // Team t stays on the t-th core that the process may use, if there are as many teams as cores; fewer might meet another
@@ -102,9 +153,13 @@ void pin_to_core(const Session& s, int team) {
 
 void run_persistent(Session& s, int team_id, int thread) {
   pin_to_core(s, team_id);
+  flush_subnormals();
   Team team = make_team(s, team_id, thread);
-  Grid grid = make_grid(s, team_id);
-  with_dims(s, [&](const auto& d) { persistent_loop(team, grid, s.params, d); });
+  for (;;) {  // the census of a launch waits for the last team that leaves the one before
+    Grid grid = make_grid(s.params, team_id, s.teams);
+    with_dims(s, [&](const auto& d) { persistent_loop(team, grid, s.params, d); });
+    if (load_acquire(&s.params.grid->abort) != 0 || s.params.step->leave == int(LeaveReason::kStop)) return;
+  }
 }
 
 // Whether command `next` was issued; false: the session ends.
@@ -128,8 +183,9 @@ bool wait_for_command(Session& s, Team& team, uint64_t next) {
 
 void run_launched(Session& s, int team_id, int thread) {
   pin_to_core(s, team_id);
+  flush_subnormals();
   Team team = make_team(s, team_id, thread);
-  Grid grid = make_grid(s, team_id);
+  Grid grid = make_grid(s.params, team_id, s.teams);
   with_dims(s, [&](const auto& d) {
     for (uint64_t next = 0; wait_for_command(s, team, next); ++next) {
       const Command command = s.commands[next % kCommands];
@@ -154,9 +210,19 @@ int32_t xl_threads_per_team() { return Team::threads; }
 
 uint64_t xl_clock_ns() { return clock_ns(); }
 
-// Starts the threads of `teams` teams. Null: the layout of the caller is not this library's.
+// Why this build's sessions cannot run on this machine; null: they can.
+const char* xl_refusal() {
+#if defined(XL_AMX)
+  return tiles_refused();
+#else
+  return nullptr;
+#endif
+}
+
+// Starts the threads of `teams` teams. Null: the layout of the caller is not this library's, xl_refusal has a reason, or memory is
+// short.
 Session* xl_open(const Params* params, const xl::Dims* dims, int32_t weight, int32_t cache, int32_t teams, int32_t persistent) {
-  if (params->version != kLayoutVersion) return nullptr;
+  if (params->version != kLayoutVersion || xl_refusal()) return nullptr;
   auto session = std::make_unique<Session>();
   Session& s = *session;
   s.params = *params;
@@ -167,6 +233,7 @@ Session* xl_open(const Params* params, const xl::Dims* dims, int32_t weight, int
   s.shared = std::vector<TeamShared>(size_t(teams));
   for (int team = 0; team < teams; ++team)
     s.shared[size_t(team)].scratch = params->scratch + size_t(team) * size_t(params->scratch_floats);
+  if (!give_packed_rows(s)) return nullptr;
   for (int team = 0; team < teams; ++team)
     for (int thread = 0; thread < Team::threads; ++thread)
       s.threads.emplace_back(persistent ? run_persistent : run_launched, std::ref(s), team, thread);
@@ -180,26 +247,28 @@ void xl_close(Session* session) {
   delete session;
 }
 
-// 1: the request and its tokens (prompt, then oracle) are in the rings. 0: one of them is full.
-int32_t xl_submit(Session* session, const Submission* request, const int32_t* tokens) {
-  const Params& p = session->params;
+// The rings, from the host's side. `params`: a record with the host's addresses of the mailbox and the rings.
+
+// 1: the request and its tokens (prompt, oracle, bias pairs) are in the rings. 0: one of them is full.
+int32_t xl_submit(const Params* params, const Submission* request, const int32_t* tokens) {
+  const Params& p = *params;
   Mailbox& mailbox = *p.mailbox;
   const uint64_t count = ring_tokens(*request);
-  const uint64_t tail = mailbox.submit_tail;
+  const uint64_t tail = mailbox.submit_tail, prompt_tail = mailbox.prompt_tail;
   if (tail - load_acquire_system(&mailbox.submit_head) >= uint64_t(p.submission_capacity)) return 0;
-  if (session->prompt_tail + count - load_acquire_system(&mailbox.prompt_head) > uint64_t(p.prompt_capacity)) return 0;
-  for (uint64_t i = 0; i < count; ++i) ring_entry(p.prompts, p.prompt_capacity, session->prompt_tail + i) = tokens[i];
+  if (prompt_tail + count - load_acquire_system(&mailbox.prompt_head) > uint64_t(p.prompt_capacity)) return 0;
+  for (uint64_t i = 0; i < count; ++i) ring_entry(p.prompts, p.prompt_capacity, prompt_tail + i) = tokens[i];
   Submission& entry = ring_entry(p.submissions, p.submission_capacity, tail);
   entry = *request;
-  entry.prompt_begin = session->prompt_tail;
-  session->prompt_tail += count;
+  entry.prompt_begin = prompt_tail;
+  mailbox.prompt_tail = prompt_tail + count;
   store_release_system(&mailbox.submit_tail, tail + 1);
   return 1;
 }
 
 // 1: the cancellation is in its ring. 0: it is full.
-int32_t xl_cancel(Session* session, uint64_t request_id) {
-  const Params& p = session->params;
+int32_t xl_cancel(const Params* params, uint64_t request_id) {
+  const Params& p = *params;
   const uint64_t tail = p.mailbox->cancel_tail;
   if (tail - load_acquire_system(&p.mailbox->cancel_head) >= uint64_t(p.submission_capacity)) return 0;
   ring_entry(p.cancels, p.submission_capacity, tail) = request_id;
@@ -208,8 +277,8 @@ int32_t xl_cancel(Session* session, uint64_t request_id) {
 }
 
 // Takes up to `most` events, oldest first, and what lies beside them in `logprobs`; how many.
-int32_t xl_take_events(Session* session, Event* out, Logprobs* logprobs, int32_t most) {
-  const Params& p = session->params;
+int32_t xl_take_events(const Params* params, Event* out, Logprobs* logprobs, int32_t most) {
+  const Params& p = *params;
   const uint64_t head = p.mailbox->event_head, tail = load_acquire_system(&p.mailbox->event_tail);
   if (uint64_t(most) > tail - head) most = int32_t(tail - head);
   for (int32_t i = 0; i < most; ++i) {
@@ -220,32 +289,91 @@ int32_t xl_take_events(Session* session, Event* out, Logprobs* logprobs, int32_t
 }
 
 // Takes up to `most` step records, oldest first; how many.
-int32_t xl_take_steps(Session* session, StepRecord* out, int32_t most) {
-  const Params& p = session->params;
+int32_t xl_take_steps(const Params* params, StepRecord* out, int32_t most) {
+  const Params& p = *params;
   return ring_take(p.step_records, p.step_capacity, &p.mailbox->step_head, &p.mailbox->step_tail, out, most);
 }
 
 // AbortReason of the loop, 0 while it is well.
-int32_t xl_aborted(Session* session) { return int32_t(load_acquire_system(&session->params.mailbox->abort)); }
+int32_t xl_aborted(const Params* params) { return int32_t(load_acquire_system(&params->mailbox->abort)); }
 
-// Orchestration `launched`: control on the calling thread; rows of the step that it planned.
-int32_t xl_control(Session* session) {
-  Session& s = *session;
+// Launches that ended with their state kept.
+uint64_t xl_left(const Params* params) { return load_acquire_system(&params->mailbox->n_left); }
+
+void xl_stop(const Params* params) { store_release_system(&params->mailbox->stop, uint32_t(1)); }
+
+// Asks an idle loop for its clock; 0: no answer within the time.
+uint64_t xl_ping(const Params* params, uint64_t within_ns) {
+  Mailbox& mailbox = *params->mailbox;
+  const uint64_t number = mailbox.ping + 1, give_up = clock_ns() + within_ns;
+  store_release_system(&mailbox.ping, number);
+  while (load_acquire_system(&mailbox.pong) != number) {
+    if (clock_ns() > give_up) return 0;
+    pause_cpu();
+  }
+  return mailbox.pong_ns;
+}
+
+// Launched from the host: control on the calling thread, on the host's copy of the state; rows of the step that it planned.
+int32_t xl_control(const Params* params, const xl::Dims* dims) {
 #if defined(XL_RACE)
-  ControlTeam team(&s.control_shared, 0);
+  RaceShared<1, 1> shared;
+  ControlTeam team(&shared, 0);
 #else
   ControlTeam team(nullptr);
 #endif
-  Grid grid = make_grid(s, s.teams);
-  with_dims(s, [&](const auto& d) { phase_control(team, grid, s.params, d); });
-  return s.params.step->n_rows;
+  const Grid grid{params->grid, params->mailbox, 0, 1, params->spin_deadline_ns, 0};
+  phase_control(team, grid, *params, *dims);
+  return params->step->n_rows;
 }
+
+// Launched from a host with a device: after control, what changed in the page table and in the counts since the last call, as
+// Params.patches and Step.n_page_patches, n_count_patches. What the device has: `table` as Params.page_table; by slot the request
+// in `ids` (its id + 1) and the number of its tokens in the counts in `counted`. `fresh`: slots whose whole rows of counts and
+// bias must be sent; how many there are, or -1: more than `capacity` patches.
+int32_t xl_collect_patches(const Params* params, const xl::Dims* dims, int32_t* table, uint64_t* ids, int32_t* counted,
+                           int32_t* fresh, int32_t capacity) {
+  const Params& p = *params;
+  int n = 0, n_fresh = 0;
+  const auto add = [&](size_t index, int32_t value) {
+    if (n < capacity) p.patches[n] = Patch{int32_t(index), value};
+    ++n;
+  };
+  for (int i = 0; i < p.state->n_order; ++i) {
+    const size_t begin = size_t(p.order[i]) * size_t(p.max_slot_pages);
+    for (size_t at = begin; at < begin + size_t(p.slots[p.order[i]].n_pages); ++at)
+      if (table[at] != p.page_table[at]) add(at, table[at] = p.page_table[at]);
+  }
+  p.step->n_page_patches = n;
+  for (int i = 0; i < p.state->n_order; ++i) {
+    const int slot_id = p.order[i];
+    const Slot& slot = p.slots[slot_id];
+    if (ids[slot_id] != slot.request_id + 1) {
+      ids[slot_id] = slot.request_id + 1;
+      counted[slot_id] = slot.length;
+      if (slot.adjusted) fresh[n_fresh++] = slot_id;
+    }
+    for (int32_t& at = counted[slot_id]; at < slot.length; ++at) {
+      if (!slot.penalized) continue;
+      const size_t index =
+          size_t(slot_id) * size_t(dims->vocab_size) + size_t(p.tokens[size_t(slot_id) * size_t(p.max_len) + size_t(at)]);
+      add(index, p.counts[index]);
+    }
+  }
+  p.step->n_count_patches = n - p.step->n_page_patches;
+  return n <= capacity ? n_fresh : -1;
+}
+
+// Changes Mailbox.heartbeat each `interval_ns` from a thread of its own, which no interpreter's lock can stop.
+Heartbeat* xl_heartbeat(const Params* params, uint64_t interval_ns) { return new Heartbeat(params->mailbox, interval_ns); }
+
+void xl_heartbeat_end(Heartbeat* heartbeat) { delete heartbeat; }
 
 // Orchestration `launched`: appends one phase to the stream and returns at once.
 void xl_launch(Session* session, int32_t phase, int32_t layer) {
   const uint64_t next = session->issued;
   int turns = 0;
-  while (next - load_acquire(&session->completed) >= kCommands && xl_aborted(session) == 0) relax(turns);
+  while (next - load_acquire(&session->completed) >= kCommands && xl_aborted(&session->params) == 0) relax(turns);
   session->commands[next % kCommands] = Command{Phase(phase), layer};
   store_release(&session->issued, next + 1);
 }
@@ -253,8 +381,8 @@ void xl_launch(Session* session, int32_t phase, int32_t layer) {
 // Orchestration `launched`: waits until the stream is empty. The abort reason, 0 if there is none.
 int32_t xl_synchronize(Session* session) {
   int turns = 0;
-  while (load_acquire(&session->completed) < session->issued && xl_aborted(session) == 0) relax(turns);
-  return xl_aborted(session);
+  while (load_acquire(&session->completed) < session->issued && xl_aborted(&session->params) == 0) relax(turns);
+  return xl_aborted(&session->params);
 }
 
 // Weights by a counter hash: elements first .. first + count of tensor `tensor`, as xlpk/weights.py defines them. `first` is a

@@ -45,10 +45,12 @@ template <class Team, class Dims>
 XL_FN bool forward(Team& team, Grid& grid, const Params& p, const Dims& d) {
   // Read now: behind the last barrier control may be writing the next descriptor already.
   const bool filters = p.step->n_filter_rows > 0;
+  const uint64_t step = p.step->step;
   const bool timed = grid.team == 0 && team.thread() == 0;
   uint64_t begin = timed ? clock_ns() : 0;
   return for_each_phase(d, [&](Phase phase, int layer) {
     if (phase == Phase::kFilter && !filters) return true;
+    grid.note(team, phase, layer, step);
     run_phase(phase, team, grid, p, d, layer);
     const bool alive = grid.sync(team);
     if (timed) {

@@ -1,15 +1,27 @@
-// The same phases as one kernel each, for a host that launches them in order. The end of a kernel is the grid barrier.
+// The same phases as one kernel each, for a host that launches them in order.
 
-#include "forward.h"
+#include "launched.h"
 
 extern __shared__ __align__(128) float xl_scratch[];
+
+namespace {
+
+__device__ __forceinline__ xl::Grid launched_grid(const xl::Params& p) {
+  return xl::Grid{p.grid, p.mailbox, int(blockIdx.x), int(gridDim.x), p.spin_deadline_ns, 0};
+}
+
+}  // namespace
 
 #define XL_PHASE_KERNEL(name, id)                                                                                    \
   extern "C" __global__ void __launch_bounds__(xl::Team::threads, 1)                                                 \
       xl_phase_##name(const __grid_constant__ xl::Params p, int layer) {                                             \
     xl::Team team = xl::this_team(xl_scratch);                                                                       \
-    const xl::Grid grid{p.grid, p.mailbox, int(blockIdx.x), int(gridDim.x), p.spin_deadline_ns, 0};                  \
-    xl::phase_##name(team, grid, p, xl::ModelDims{}, layer);                                                         \
+    xl::launched_phase(xl::Phase::id, team, launched_grid(p), p, xl::ModelDims{}, layer);                            \
   }
 
 XL_FORWARD_PHASES(XL_PHASE_KERNEL)
+
+extern "C" __global__ void __launch_bounds__(xl::Team::threads, 1) xl_apply_patches(const __grid_constant__ xl::Params p) {
+  const xl::Team team = xl::this_team(xl_scratch);
+  xl::apply_patches(team, launched_grid(p), p);
+}

@@ -85,13 +85,6 @@ XL_FN void sincos_(int position, double frequency, float* sine, float* cosine) {
 // x / (1 + exp(-x))
 XL_FN float silu(float x) { return x / (1.0f + exp_(-x)); }
 
-// Nearest even; NaN stays NaN.
-XL_FN bf16 to_bf16(float value) {
-  const uint32_t bits = to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{uint16_t((bits >> 16) | 0x40u)};
-  return bf16{uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
-
 // Nearest even; overflow gives infinity, NaN stays NaN.
 XL_FN f16 to_f16(float value) {
   const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
@@ -101,9 +94,6 @@ XL_FN f16 to_f16(float value) {
   if (size < 0x38800000u) return f16{uint16_t(sign | (to_bits(from_bits(size) + 0.5f) - 0x3f000000u))};
   return f16{uint16_t(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13))};
 }
-
-XL_FN void narrow(float value, float* to) { *to = value; }
-XL_FN void narrow(float value, bf16* to) { *to = to_bf16(value); }
 
 // Philox4x32-10 (Salmon et al. 2011): four random words from a 128-bit counter and a 64-bit key.
 struct Words4 {

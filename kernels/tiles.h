@@ -24,30 +24,13 @@ XL_FN void add_bias(float* values, const float* bias, int n, int count) {
     for (int j = 0; j < count; ++j) values[j] = values[j] + bias[n + j];
 }
 
-// Calls sink(r, w . x[r]) for r < count. x: [count, stride]. The same bits for a row alone and among others.
-template <class Team, class W, class Sink>
-XL_FN void dot_rows(Team& team, const W* w, const float* x, int stride, int k, int count, Sink sink) {
-  constexpr int kRows = 4;
-  int r = 0;
-  for (; r + kRows <= count; r += kRows) {
-    float out[kRows];
-    team.template dot<kRows>(w, x + size_t(r) * stride, stride, k, out);
-    for (int j = 0; j < kRows; ++j) sink(r + j, out[j]);
-  }
-  for (; r < count; ++r) {
-    float out[1];
-    team.template dot<1>(w, x + size_t(r) * stride, stride, k, out);
-    sink(r, out[0]);
-  }
-}
-
 // values[m][j] = row(m, n + j) . x[r] for the R rows from `first` on and the units n + j, j < width.
-template <int M, int R, class Team, class Rows, class Sink>
-XL_FN void tile_rows(Team& team, Rows row, int n, int width, const float* x, int stride, int k, int first, Sink sink) {
+template <int M, int R, class Team, class Rows, class A, class Sink>
+XL_FN void tile_rows(Team& team, Rows row, int n, int width, const A* x, int stride, int k, int first, Sink sink) {
   constexpr int kTile = Team::tile, kBlock = Team::block;
   float values[R][M][kTile];
   for (int j = 0; j < width; j += kBlock)
-    for (int m = 0; m < M; ++m) {  // pairs block by block: tile by tile, one row of activations is a fifth slower
+    for (int m = 0; m < M; ++m) {
       decltype(row(0, 0)) w[kBlock];
       for (int b = 0; b < kBlock; ++b) w[b] = row(m, n + (j + b < width ? j + b : width - 1));
       float out[kBlock][R];
@@ -58,28 +41,61 @@ XL_FN void tile_rows(Team& team, Rows row, int n, int width, const float* x, int
   for (int r = 0; r < R; ++r) sink(n, width, first + r, values[r]);
 }
 
-// Units begin .. end of M matrices against `count` rows of x: calls sink(n, width, r, values) with values[m][j] = row(m, n + j) .
-// x[r] for j < width <= Team::tile. row(m, n): where a row of weights starts. A tile of weights stays in the cache for all rows.
-template <int M, class Team, class Rows, class Sink>
-XL_FN void dot_tiles(Team& team, Rows row, int begin, int end, const float* x, int stride, int k, int count, Sink sink) {
-  constexpr int kTile = Team::tile, kRows = Team::rows;
-  static_assert(kTile % Team::block == 0, "a block never leaves its tile");
-  for (int n = begin; n < end; n += kTile) {
-    const int width = end - n < kTile ? end - n : kTile;
-    int r = 0;
-    for (; r + kRows <= count; r += kRows) tile_rows<M, kRows>(team, row, n, width, x, stride, k, r, sink);
-    if (kRows == 3 && r + 2 == count) {
-      tile_rows<M, 2>(team, row, n, width, x, stride, k, r, sink);
-      r += 2;
+// The same for `count` rows, panel by panel: a panel of weights stays in the cache for all rows.
+template <int M, class Panel, class Team, class Rows, class A, class Sink>
+XL_FN void panel_rows(Team& team, Rows row, int n, int end, const A* x, int stride, int k, int first, int count, Sink sink) {
+  constexpr int kTile = Team::tile, kPanel = Panel::block;
+  static_assert(kTile % kPanel == 0, "a panel never leaves its tile");
+  const int width = end - n < kTile ? end - n : kTile;
+  float values[Panel::rows][M][kTile];
+  for (int j = 0; j < width; j += kPanel)
+    for (int m = 0; m < M; ++m) {  // gate and up rows in turn: tile by tile, one row of activations is a fifth slower
+      decltype(row(0, 0)) w[kPanel], next = nullptr;
+      for (int b = 0; b < kPanel; ++b) w[b] = row(m, n + (j + b < width ? j + b : width - 1));
+      if (m + 1 < M) {
+        next = row(m + 1, n + j);
+      } else if (n + j + kPanel < end) {
+        next = row(0, n + j + kPanel);
+      }
+      team.dot_panel(w, x + size_t(first) * stride, stride, k, count, next, &values[0][m][j], M * kTile);
     }
-    for (; r < count; ++r) tile_rows<M, 1>(team, row, n, width, x, stride, k, r, sink);
+  for (int r = 0; r < count; ++r) sink(n, width, first + r, values[r]);
+}
+
+// Units begin .. end of M matrices against `count` rows of x: calls sink(n, width, r, values) with values[m][j] = row(m, n + j) .
+// x[r] for j < width <= Team::tile. row(m, n): where a row of weights starts. The same bits for a row alone and among others.
+template <int M, class Team, class Rows, class A, class Sink>
+XL_FN void dot_tiles(Team& team, Rows row, int begin, int end, const A* x, int stride, int k, int count, Sink sink) {
+  constexpr int kTile = Team::tile;
+  if constexpr (Team::panel_rows > 0) {
+    using Panel = decltype(Team::panel_of(row(0, 0), x));
+    constexpr int kMost = Panel::rows;
+    if constexpr (Panel::packed) {
+      for (int r = 0; r < count; r += kMost) {
+        const int rows = count - r < kMost ? count - r : kMost;
+        const A* packed = team.pack(x + size_t(r) * stride, stride, k, rows);
+        for (int n = begin; n < end; n += kTile) panel_rows<M, Panel>(team, row, n, end, packed, 0, k, r, rows, sink);
+      }
+    } else {
+      for (int n = begin; n < end; n += kTile)
+        for (int r = 0; r < count; r += kMost)
+          panel_rows<M, Panel>(team, row, n, end, x, stride, k, r, count - r < kMost ? count - r : kMost, sink);
+    }
+  } else {
+    constexpr int kRows = Team::rows;
+    static_assert(kTile % Team::block == 0, "a block never leaves its tile");
+    for (int n = begin; n < end; n += kTile) {
+      const int width = end - n < kTile ? end - n : kTile;
+      int r = 0;
+      for (; r + kRows <= count; r += kRows) tile_rows<M, kRows>(team, row, n, width, x, stride, k, r, sink);
+      for (; r < count; ++r) tile_rows<M, 1>(team, row, n, width, x, stride, k, r, sink);
+    }
   }
 }
 
 // Calls sink(n, r, matrix[n] . x[r]) for rows begin .. end of a matrix and r < count.
-template <class Team, class W, class Sink>
-XL_FN void dot_each(Team& team, RowMajor<W> matrix, int begin, int end, const float* x, int stride, int k, int count,
-                    Sink sink) {
+template <class Team, class W, class A, class Sink>
+XL_FN void dot_each(Team& team, RowMajor<W> matrix, int begin, int end, const A* x, int stride, int k, int count, Sink sink) {
   dot_tiles<1>(
       team, [&](int, int n) { return matrix.row(n); }, begin, end, x, stride, k, count,
       [&](int n, int width, int r, const auto& values) {

@@ -6,6 +6,6 @@ extern __shared__ __align__(128) float xl_scratch[];
 
 extern "C" __global__ void __launch_bounds__(xl::Team::threads, 1) xl_persistent_megakernel(const __grid_constant__ xl::Params p) {
   xl::Team team = xl::this_team(xl_scratch);
-  xl::Grid grid{p.grid, p.mailbox, int(blockIdx.x), int(gridDim.x), p.spin_deadline_ns, 0};
+  xl::Grid grid = xl::make_grid(p, int(blockIdx.x), int(gridDim.x));
   xl::persistent_loop(team, grid, p, xl::ModelDims{});
 }

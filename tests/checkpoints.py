@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 PROMPT_TOKENS = 40
 
@@ -123,6 +123,19 @@ def make_checkpoint(
 def make_case(folder: Path, case: str) -> Path:
     """The checkpoint of CASES[case], the same one each time."""
     return make_checkpoint(folder, seed=1000 + list(CASES).index(case), **CASES[case])
+
+
+def widened(source: Path, folder: Path) -> Path:
+    """The same values as float32: kernels then round nothing but the sums."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for file in source.glob("*.safetensors"):
+        tensors |= {name: tensor.astype(np.float32) for name, tensor in load_file(file).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def prompt(case: str) -> np.ndarray:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import kinds
 import numpy as np
 
 from xlpk.backend import Admitted, Finished, StepDone, Token
-from xlpk.backends.cpu import CpuBackend
+from xlpk.backends.submitter import Submitter
 from xlpk.kv import KV, KVPlan
 from xlpk.model import Model
 from xlpk.workload import Request
 
-CACHE = Path(__file__).resolve().parents[1] / "outputs" / "cache"
+CACHE = kinds.CACHE
 
 
 @dataclass
@@ -66,7 +66,7 @@ def gather(events: Iterable[object], outputs: dict[int, Output], steps: list[Ste
             steps.append(event)
 
 
-def finish(backend: CpuBackend, requests: Sequence[Request], *, timeout_s: float = 120.0) -> Result:
+def finish(backend: Submitter, requests: Sequence[Request], *, timeout_s: float = 120.0) -> Result:
     """Submits all requests to an open backend and polls until each has ended."""
     outputs = {request.request_id: Output() for request in requests}
     steps: list[StepDone] = []
@@ -86,11 +86,11 @@ def finish(backend: CpuBackend, requests: Sequence[Request], *, timeout_s: float
 def run(
     model: Model, requests: Sequence[Request], *, kv: KV | None = None, max_len: int = 512, **options: Any
 ) -> Result:
-    """Opens a CPU backend, runs the requests, closes it; all pages must be back."""
+    """Opens a backend of the current kind, runs the requests, closes it; all pages must be back."""
     plan = KVPlan.make(kv or KV(budget="4096pages"), model.config, model.weights.dtype, max_len)
-    backend = CpuBackend(cache=CACHE, **options)
-    backend.open(model, plan)
+    backend = kinds.make(**options)
     try:
+        backend.open(model, plan)
         result = finish(backend, requests)
         if options.get("debug_logits"):
             result.logits = backend.logits(max(len(request.prompt) for request in requests))

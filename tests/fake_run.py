@@ -10,6 +10,7 @@ from fake_backend import FakeBackend
 
 import xlpk.model
 from xlpk import engine, run
+from xlpk.generation import GenerationConfig
 from xlpk.model import ModelConfig
 
 CONFIG = ModelConfig(
@@ -34,7 +35,7 @@ CONFIG = ModelConfig(
 class Bytes:
     """A tokenizer of bytes."""
 
-    def encode(self, text: str) -> Any:
+    def encode(self, text: str, add_special_tokens: bool = True) -> Any:
         return SimpleNamespace(ids=list(text.encode()))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
@@ -43,7 +44,8 @@ class Bytes:
 
 def load_model(name: str, path: Any = None, seed: int = 0, dtype: str = "auto", fill: Any = None) -> Any:
     weights = SimpleNamespace(dtype="bf16")
-    return SimpleNamespace(name=name, config=CONFIG, weights=weights, tokenizer=Bytes(), fingerprint="f" * 64)
+    facts = {"tokenizer": Bytes(), "fingerprint": "f" * 64, "generation": GenerationConfig(), "path": None}
+    return SimpleNamespace(name=name, config=CONFIG, weights=weights, **facts)
 
 
 def main() -> int:

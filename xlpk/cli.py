@@ -1,4 +1,4 @@
-"""`xlpk run OVERRIDES | ui | upload RUN_DIR...`: the console script."""
+"""`xlpk run OVERRIDES | ui | upload RUN_DIR... | doctor`: the console script."""
 
 from __future__ import annotations
 
@@ -65,6 +65,13 @@ def _upload(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    """What this machine can run."""
+    from xlpk import doctor
+
+    return doctor.main(Path(args.outputs).resolve() / "cache", as_json=args.json)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xlpk", description="A laboratory for GPU-resident LLM inference.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -79,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     upload.add_argument("--store", help="store URI; else the run's, MLFLOW_TRACKING_URI, OUTPUTS/mlflow.db")
     upload.add_argument("--experiment", help="MLflow experiment; else the run's")
     upload.set_defaults(call=_upload)
+    check = commands.add_parser("doctor", help="what this machine can run, and what to do where it cannot")
+    check.add_argument("--outputs", default="outputs", help="folder that runs write to (outputs)")
+    check.add_argument("--json", action="store_true", help="one JSON list instead of lines")
+    check.set_defaults(call=_doctor)
     return parser
 
 
@@ -95,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, ToolError, BackendError) as error:
         print(f"xlpk: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("xlpk: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

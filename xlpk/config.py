@@ -20,16 +20,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from xlpk import layout
-from xlpk.errors import InputError
+from xlpk.dtypes import ELEMENT_BYTES, KV_DTYPES
+from xlpk.errors import InputError, shown
 from xlpk.kv import KV
 from xlpk.settings import (
     MODES,
     ORCHESTRATIONS,
+    AutoBackend,
     CpuBackend,
+    GraphBackend,
+    LaunchedBackend,
     MlflowTracking,
     Mode,
     ModelChoice,
     NoTracking,
+    PersistentBackend,
     Run,
     Scheduler,
     Settings,
@@ -39,7 +44,7 @@ from xlpk.workload import Prompts, Sampling, Synthetic, check_sampling, is_text
 
 PACKAGE = "xlpk.conf"
 GROUPS: dict[str, tuple[type, ...]] = {
-    "backend": (CpuBackend,),
+    "backend": (AutoBackend, CpuBackend, PersistentBackend, LaunchedBackend, GraphBackend),
     "spec": (NoSpec, Ngram, Oracle),
     "acceptance": (Keyed, Greedy, Forced),
     "workload": (Prompts, Synthetic),
@@ -163,7 +168,10 @@ def _check_nodes(config: Config) -> None:
         for extra in set(vars(node)) - {item.name for item in fields(type(node))}:
             raise InputError(f"{group}.{extra}", _short(vars(node)[extra]), f"no such key of {group}={node.name}")
     _one_of("mode.name", config.mode.name, MODES)
-    _one_of("backend.orchestration", config.backend.orchestration, ORCHESTRATIONS)
+    if isinstance(config.backend, CpuBackend):
+        _one_of("backend.orchestration", config.backend.orchestration, ORCHESTRATIONS)
+    if isinstance(config.backend, LaunchedBackend):
+        _one_of("backend.sync", config.backend.sync, ("step", "phase"))
     if config.model.name == "hf" and not config.model.path:
         raise InputError("model.path", "null", "a folder with config.json and safetensors files: model.path=FOLDER")
     if config.model.name != "hf" and config.model.path:
@@ -174,8 +182,9 @@ def _check_nodes(config: Config) -> None:
         raise InputError(
             "model.seed", config.model.seed, f"hash weights take a seed; model={config.model.name} has none"
         )
-    _one_of("model.dtype", config.model.dtype, ("auto", "bf16", "fp16", "fp32"))
-    _one_of("kv.dtype", config.kv.dtype, ("auto", "bf16", "fp32"))
+    _one_of("model.dtype", config.model.dtype, ("auto", *ELEMENT_BYTES))
+    _one_of("model.generation_config", config.model.generation_config, ("auto", "none"))
+    _one_of("kv.dtype", config.kv.dtype, ("auto", *KV_DTYPES))
     if not config.run.outputs:
         raise InputError("run.outputs", "''", "a folder")
     if isinstance(config.workload, Prompts):
@@ -183,7 +192,15 @@ def _check_nodes(config: Config) -> None:
 
 
 def _check_numbers(config: Config) -> None:
-    _between("backend.threads", config.backend.threads, 0, 1024)
+    if not 1 <= config.run.deadline_s <= 1e6:
+        raise InputError("run.deadline_s", config.run.deadline_s, "1 to 1000000 s")
+    if isinstance(config.backend, CpuBackend):
+        _between("backend.threads", config.backend.threads, 0, 1024)
+    if isinstance(config.backend, PersistentBackend):
+        for name in ("lease_ms", "idle_ms", "heartbeat_ms"):
+            _milliseconds(f"backend.{name}", getattr(config.backend, name))
+    if isinstance(config.backend, PersistentBackend | LaunchedBackend | GraphBackend):
+        _between("backend.device", config.backend.device, 0, 1023)
     _between("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 1, 512)
     _between("scheduler.max_step_rows", config.scheduler.max_step_rows, 1, 512)
     _between("scheduler.prefill_chunk", config.scheduler.prefill_chunk, 1, 1 << 20)
@@ -248,14 +265,18 @@ def _between(name: str, value: int, least: int, most: int) -> None:
         raise InputError(name, value, f"{least} to {most}")
 
 
+def _milliseconds(name: str, value: float) -> None:
+    if not (value == 0 or 1 <= value <= 86_400_000):  # nan compares false
+        raise InputError(name, value, "0 (never) or 1 to 86400000 ms")
+
+
 def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
         raise InputError(name, _short(value), f"one of {', '.join(allowed)}")
 
 
 def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shown(" ".join(str(value).split()), 80)
 
 
 def explain(error: Exception, argv: Iterable[str] = ()) -> InputError:

@@ -18,12 +18,12 @@ from typing import IO, Any
 from xlpk import __version__, layout
 from xlpk.backend import Admitted, Backend, BackendReport, Event, Finished, StepDone, Token
 from xlpk.errors import BackendError
+from xlpk.hash_weights import Fill
 from xlpk.kv import KVPlan
 from xlpk.model import SHAPES, Model
 from xlpk.settings import Settings
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Oracle, Proposer
 from xlpk.stopping import StopMatcher
-from xlpk.weights import Fill
 from xlpk.workload import Request
 
 LOG_VERSION = 1
@@ -39,6 +39,7 @@ class EventLog:
     """Append-only JSON lines. `add` only buffers; `tick` writes once FLUSH_S have passed, `flush` at once."""
 
     def __init__(self, path: Path) -> None:
+        self.folder = path.parent
         self._file: IO[str] = path.open("w", encoding="utf-8")
         self._buffer: list[dict[str, Any]] = []
         self._flushed_s = time.monotonic()
@@ -86,11 +87,10 @@ class Outcome:
 
 def make_backend(settings: Settings, spec: Proposer, acceptance: Acceptance) -> Backend:
     """The backend that the config names, imported now."""
-    from xlpk.backends.cpu import CpuBackend
+    from xlpk.backends import choose
 
-    backend: Backend = CpuBackend(
-        threads=settings.backend.threads,
-        orchestration=settings.backend.orchestration,
+    return choose.make(
+        settings.backend,
         max_num_seqs=settings.scheduler.max_num_seqs,
         max_step_rows=settings.scheduler.max_step_rows,
         prefill_chunk=settings.scheduler.prefill_chunk,
@@ -98,7 +98,14 @@ def make_backend(settings: Settings, spec: Proposer, acceptance: Acceptance) -> 
         acceptance=acceptance,
         cache=_cache(settings),
     )
-    return backend
+
+
+def resolve_backend(settings: Settings) -> Settings:
+    """The settings with `backend=auto` replaced by what it comes to, which a note says."""
+    from xlpk.backends import choose
+
+    backend, note = choose.resolve(settings.backend, _cache(settings))
+    return replace(settings, backend=backend, notes=(*settings.notes, note)) if note else settings
 
 
 def hash_fill(settings: Settings) -> Fill | None:
@@ -130,6 +137,8 @@ def serve(
     if isinstance(settings.spec, Oracle):
         requests = _with_answers(settings, model, plan, requests, make, log)
     backend = make(settings, settings.spec, settings.acceptance)
+    if hasattr(backend, "folder"):
+        backend.folder = log.folder
     try:
         backend.open(model, plan)
         _calibrate(backend, log)

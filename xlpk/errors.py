@@ -1,6 +1,13 @@
 """Errors that a user can mend; each is shown as one line and ends the process with its exit code."""
 
 
+def shown(value: object, limit: int = 100) -> str:
+    """`value` for a message of one line, whatever a file may hold."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 class InputError(ValueError):
     """Bad input: a config value, a file or a prompt. Exit code 2.
 
@@ -13,7 +20,7 @@ class InputError(ValueError):
     exit_code = 2
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field}={value}: {allowed}")
+        super().__init__(shown(f"{field}={shown(str(value), 300)}: {allowed}", 900))
         self.field = field
         self.value = value
         self.allowed = allowed
@@ -29,3 +36,7 @@ class BackendError(RuntimeError):
     """The loop died, hung or was aborted; the message carries the reason it recorded. Exit code 4."""
 
     exit_code = 4
+
+
+class HangError(BackendError):
+    """Nothing moved on the device for too long. Exit code 4; the run is tagged HANG."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from xlpk.errors import InputError
+from xlpk.dtypes import ELEMENT_BYTES, KV_DTYPES
+from xlpk.errors import InputError, shown
 from xlpk.layout import ATTENTION_SPAN
 from xlpk.model import ModelConfig
 from xlpk.units import parse_bytes
 
-_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+_PAGES = re.compile(r"\s*([0-9]{1,20})\s*pages\s*")
 
 
 @dataclass
@@ -52,22 +53,18 @@ class KVPlan:
                 "kv.page_size", kv.page_size, f"a divisor of {ATTENTION_SPAN}: 1, 2, 4, ... {ATTENTION_SPAN}"
             )
         dtype = {"fp16": "bf16"}.get(weight_dtype, weight_dtype) if kv.dtype == "auto" else kv.dtype
-        if dtype not in _ELEMENT_BYTES:
-            raise InputError("kv.dtype", kv.dtype, "one of auto, bf16, fp32")
+        if dtype not in KV_DTYPES:
+            raise InputError("kv.dtype", shown(kv.dtype), f"one of auto, {', '.join(KV_DTYPES)}")
         values = 2 * model.num_hidden_layers * model.num_key_value_heads * kv.page_size * model.head_stride
-        page_bytes = values * _ELEMENT_BYTES[dtype]
-        if match := re.fullmatch(r"\s*(\d+)\s*pages\s*", kv.budget):
+        page_bytes = values * ELEMENT_BYTES[dtype]
+        if match := _PAGES.fullmatch(kv.budget):
             pages = int(match[1])
-        elif re.fullmatch(r"\s*\d+(\.\d+)?\s*([KMG]i?B|B)\s*", kv.budget):
-            pages = parse_bytes(kv.budget, "kv.budget") // page_bytes
         else:
-            raise InputError(
-                "kv.budget", kv.budget, "a positive size such as 64MiB or 1.5GiB, or a count such as 4096pages"
-            )
+            pages = parse_bytes(kv.budget, "kv.budget", ", or a count such as 4096pages") // page_bytes
         if pages < 1:
             raise InputError(
-                "kv.budget", kv.budget, f"at least one page; a page of this model takes {page_bytes} bytes"
+                "kv.budget", shown(kv.budget), f"at least one page; a page of this model takes {page_bytes} bytes"
             )
         if pages >= 1 << 31:
-            raise InputError("kv.budget", kv.budget, "fewer than 2^31 pages")
+            raise InputError("kv.budget", shown(kv.budget), "fewer than 2^31 pages")
         return KVPlan(pages, kv.page_size, page_bytes, dtype, max_len)

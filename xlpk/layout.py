@@ -25,6 +25,9 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "kMaxTarget": (16, "token ids of a target at most"),
     "kMaxBias": (1024, "logit biases of a request at most"),
     "kLine": (128, "bytes between words that different agents write"),
+    "kGpuThreads": (256, "threads of a team on a GPU"),
+    "kGpuLanes": (32, "threads of a warp there"),
+    "kFlightEntries": (1024, "last phases that the flight recorder keeps for a team; a power of two"),
 }
 VIRTUAL_LANES = CONSTANTS["kVirtualLanes"][0]
 ATTENTION_SPAN = CONSTANTS["kAttentionSpan"][0]
@@ -33,6 +36,9 @@ MAX_STOP_IDS = CONSTANTS["kMaxStopIds"][0]
 MAX_LOGPROBS = CONSTANTS["kMaxLogprobs"][0]
 MAX_TARGET = CONSTANTS["kMaxTarget"][0]
 MAX_BIAS = CONSTANTS["kMaxBias"][0]
+GPU_THREADS = CONSTANTS["kGpuThreads"][0]
+GPU_LANES = CONSTANTS["kGpuLanes"][0]
+FLIGHT_ENTRIES = CONSTANTS["kFlightEntries"][0]
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,18 @@ class AbortReason(enum.IntEnum):
     PAGE_DOUBLE_FREE = 4
     PAGE_CONSERVATION = 5
     NO_FREE_PAGE = 6
+    CENSUS_TIMEOUT = 7
+    HANG = 8
+
+
+class LeaveReason(enum.IntEnum):
+    """Why a launch of the persistent loop ended with all of its state kept."""
+
+    NONE = 0
+    STOP = 1
+    LEASE = 2
+    IDLE = 3
+    HEARTBEAT = 4
 
 
 ENUMS: tuple[type[enum.IntEnum], ...] = (
@@ -122,6 +140,7 @@ ENUMS: tuple[type[enum.IntEnum], ...] = (
     Proposer,
     Acceptance,
     AbortReason,
+    LeaveReason,
 )
 
 
@@ -145,6 +164,7 @@ _SCALARS: dict[str, tuple[type[np.generic], str]] = {
     "u64": (np.uint64, "uint64_t"),
     "f32": (np.float32, "float"),
     "u8": (np.uint8, "uint8_t"),
+    "u16": (np.uint16, "uint16_t"),
 }
 
 
@@ -262,6 +282,8 @@ LOGPROBS = Record(
         ("n", "i32", "valid entries of ids and values; -1: none were asked for"),
         ("token", "f32", "of the token that was emitted"),
         ("log_sum", "f32", "log of the sum of exp(logit)"),
+        ("keyed", "f32", "logit of the keyed sample"),
+        ("greedy", "f32", "logit of the argmax after bias and penalties"),
         ("ids", "i32[20]", "most likely first; ties by id"),
         ("values", "f32[20]", ""),
     ),
@@ -322,7 +344,9 @@ STEP = Record(
         ("n_draft_rows", "i32", ""),
         ("n_prefill", "i32", "requests"),
         ("n_decode", "i32", "requests"),
-        ("leave", "i32", "1: the loop leaves instead of running a step"),
+        ("leave", "i32", "LeaveReason; not NONE: the loop leaves instead of running a step"),
+        ("n_page_patches", "i32", "launched from the host: changes of the page table, the first of Params.patches"),
+        ("n_count_patches", "i32", "launched from the host: changes of Params.counts, behind them"),
     ),
 )
 
@@ -383,6 +407,34 @@ LOOP_STATE = Record(
         ("admitted_slot", "i32", "slot whose tokens the team copies; -1: none"),
         ("draft_rows", "i32", "rows that drafts of the next step may take; -1: no step can be planned now"),
         ("phase_ns", f"u64[{len(PHASES)}]", "of the step in flight"),
+        ("n_launches", "u64", "launches of the persistent loop"),
+        ("launched_ns", "u64", "device clock when this launch began"),
+        ("busy_ns", "u64", "device clock when there was work last"),
+        ("beat", "u64", "the host's heartbeat as it was seen last"),
+        ("beat_ns", "u64", "device clock when it changed"),
+        ("n_rounds", "u64", "rounds of control"),
+        ("n_left", "u64", "launches that ended"),
+        ("pong", "u64", "ping that was answered last"),
+    ),
+)
+
+PATCH = Record(
+    "Patch",
+    "A word of the page table or of the counts that changed since the device had them.",
+    (
+        ("index", "i32", "of the word in its array"),
+        ("value", "i32", ""),
+    ),
+)
+
+FLIGHT_ENTRY = Record(
+    "FlightEntry",
+    "What a team was about to do, in its ring of kFlightEntries.",
+    (
+        ("clock_ns", "u64", "device clock; 0: never written"),
+        ("step", "u32", "lowest bits of its number"),
+        ("phase", "u16", "Phase"),
+        ("layer", "u16", ""),
     ),
 )
 
@@ -394,8 +446,13 @@ MAILBOX = Record(
         ("cancel_tail", "u64", "host: cancellations written"),
         ("event_head", "u64", "host: events taken"),
         ("step_head", "u64", "host: step records taken"),
+        ("prompt_tail", "u64", "host: prompt tokens written"),
+        ("heartbeat", "u64", "host: changes while the host is alive"),
+        ("ping", "u64", "host: asks an idle loop for its clock"),
         ("stop", "u32", "host: 1 asks the loop to leave"),
-        ("host_pad", "u8[92]", ""),
+        ("launches", "u32", "host: launches of the loop"),
+        ("hang", "u32", "watchdog: 1 says that nothing moves"),
+        ("host_pad", "u8[60]", ""),
         ("submit_head", "u64", "device: submissions taken"),
         ("cancel_head", "u64", "device: cancellations taken"),
         ("prompt_head", "u64", "device: prompt tokens taken"),
@@ -403,7 +460,13 @@ MAILBOX = Record(
         ("step_tail", "u64", "device: step records published"),
         ("abort", "u32", "device: AbortReason, copied from GridState for the host"),
         ("abort_team", "u32", "device: the team that gave up first"),
-        ("device_pad", "u8[80]", ""),
+        ("progress", "u64", "device: rounds of control so far"),
+        ("n_left", "u64", "device: launches that ended with their state kept"),
+        ("pong_ns", "u64", "device: its clock, answering `ping`"),
+        ("pong", "u64", "device: the `ping` that was answered"),
+        ("leave", "u32", "device: LeaveReason of the launch that ended last"),
+        ("running", "u32", "device: requests with a slot"),
+        ("device_pad", "u8[40]", ""),
     ),
 )
 
@@ -434,7 +497,7 @@ PARAMS = Record(
         ("span_max", "float*", "largest score, [max_rows, num_attention_heads, max_spans]"),
         ("span_sum", "float*", "sum of exp(score - max), the same shape"),
         ("span_acc", "float*", "weighted V, [max_rows, num_attention_heads, max_spans, head_stride]"),
-        ("act", "float*", "SiLU(gate) * up, [max_rows, intermediate_size]"),
+        ("act", "void*", "SiLU(gate) * up, [max_rows, intermediate_size]; bf16 where weights are, else float"),
         ("rope", "float*", "cosines then sines, [max_rows, 2, head_dim / 2]"),
         ("best", "uint64_t*", "packed (value, ~token) maxima: keyed sample, argmax; [max_rows, 2]"),
         ("logits", "float*", "null, or [max_len, vocab_size] by position, of slot 0 (tests)"),
@@ -469,7 +532,13 @@ PARAMS = Record(
         ("page_table", "int32_t*", "[max_slots, max_slot_pages]"),
         ("free_pages", "int32_t*", "a stack, [n_pages]"),
         ("page_owner", "int32_t*", "slot, or -1: free; [n_pages]"),
+        ("flight", "FlightEntry*", "null, or the flight recorder, [teams, kFlightEntries]"),
+        ("patches", "Patch*", "launched from the host: changes of the page table, then of the counts"),
         ("spin_deadline_ns", "u64", "a wait that lasts longer aborts the loop"),
+        ("census_ns", "u64", "the first wait of a launch: all teams must have started"),
+        ("lease_ns", "u64", "a launch leaves after this long with its state kept; 0: never"),
+        ("idle_ns", "u64", "a launch leaves after this long without work; 0: never"),
+        ("heartbeat_ns", "u64", "a launch leaves when the host's heartbeat stood still for this long; 0: never"),
         ("version", "i32", "kLayoutVersion"),
         ("max_rows", "i32", "rows of a step at most"),
         ("max_slots", "i32", "requests that run at once"),
@@ -505,6 +574,8 @@ RECORDS: tuple[Record, ...] = (
     STEP,
     SLOT,
     LOOP_STATE,
+    PATCH,
+    FLIGHT_ENTRY,
     MAILBOX,
     GRID_STATE,
     PARAMS,

@@ -13,51 +13,28 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from xlpk.errors import InputError
+from xlpk.dtypes import CONFIG_DTYPE, CONFIG_DTYPE_OF, ELEMENT_BYTES
+from xlpk.errors import InputError, shown
+from xlpk.generation import FILE as GENERATION_FILE
+from xlpk.generation import GenerationConfig, read_generation_config
+from xlpk.hash_weights import Fill
+from xlpk.hf_config import read_fields
+from xlpk.jsonfile import parse_json, read_bytes
+from xlpk.rope import FLOAT32_MAX, MAX_POSITIONS, DynamicRope, Llama3Rope, Rope, check_rope, dynamic_theta, inv_freq
 from xlpk.text import ChatTemplate
-from xlpk.weights import ELEMENT_BYTES, Fill, Weights, parse_json, shown
+from xlpk.weights import Weights
 
 TINY = Path(__file__).parent / "models" / "tiny"  # ships with the package
 HEAD_DIMS = (64, 80, 96, 128)  # what the attention kernels are written for
 GRANULE = 32  # hidden and intermediate sizes are multiples of it: reductions use 32 lanes
 MAX_SIZE = 1 << 24  # no real vocabulary or width is larger: a bigger figure is a broken file
 MAX_LAYERS = 1024
-MAX_POSITIONS = 1 << 30
-FLOAT32 = np.finfo(np.float32)
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # config.json's word -> ours
-DTYPE_NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """RoPE scaling of Llama 3.1 and 3.2: long waves stretched by `factor`, short ones kept, those between blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int  # tokens
-
-
-@dataclass(frozen=True)
-class LinearRope:
-    """RoPE scaling by position interpolation: every wave stretched by `factor` (Chen et al. 2023)."""
-
-    factor: float
-
-
-@dataclass(frozen=True)
-class DynamicRope:
-    """NTK-aware RoPE scaling: theta grows with the sequence once it is longer than `max_position_embeddings`."""
-
-    factor: float
-
-
-Rope: TypeAlias = Llama3Rope | LinearRope | DynamicRope
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -111,28 +88,11 @@ class ModelConfig:
                 f"a divisor of num_attention_heads={self.num_attention_heads}",
             )
         for key in ("rms_norm_eps", "rope_theta"):
-            if not float(FLOAT32.tiny) <= getattr(self, key) <= float(FLOAT32.max):
+            if not FLOAT32_TINY <= getattr(self, key) <= FLOAT32_MAX:
                 raise InputError(key, getattr(self, key), "a finite number above 0, as float32 too")
-        if self.dtype not in DTYPES:
-            raise InputError("dtype", shown(self.dtype), f"one of {', '.join(DTYPES)}")
-        scaling = self.rope_scaling
-        if scaling is not None and not 1 <= scaling.factor <= float(FLOAT32.max):
-            raise InputError("rope_scaling.factor", scaling.factor, "a finite number of at least 1")
-        if isinstance(scaling, Llama3Rope):
-            if not 0 < scaling.low_freq_factor < math.inf:
-                raise InputError("rope_scaling.low_freq_factor", scaling.low_freq_factor, "a finite number above 0")
-            if not scaling.low_freq_factor < scaling.high_freq_factor < math.inf:
-                raise InputError(
-                    "rope_scaling.high_freq_factor",
-                    scaling.high_freq_factor,
-                    f"finite and above low_freq_factor={scaling.low_freq_factor}",
-                )
-            if not 1 <= scaling.original_max_position_embeddings <= MAX_POSITIONS:
-                raise InputError(
-                    "rope_scaling.original_max_position_embeddings",
-                    scaling.original_max_position_embeddings,
-                    f"1 to {MAX_POSITIONS}",
-                )
+        if self.dtype not in CONFIG_DTYPE:
+            raise InputError("dtype", shown(self.dtype), f"one of {', '.join(CONFIG_DTYPE)}")
+        check_rope(self.rope_scaling)
         for key, ids in (
             ("bos_token_id", () if self.bos_token_id is None else (self.bos_token_id,)),
             ("eos_token_id", self.eos_token_ids),
@@ -143,39 +103,9 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: object, source: str) -> ModelConfig:
-        """The parsed config.json, as transformers 4 or 5 writes it -> ModelConfig. `source` opens every message.
-
-        Absent fields take the defaults of transformers' LlamaConfig; sizes, head count and epsilon have to be there.
-        """
-        reader = _Reader(raw, source)
-        reader.check_family()
-        heads = reader.whole("num_attention_heads")
-        hidden = reader.whole("hidden_size")
-        theta, scaling = reader.rope()
-        if reader.get("head_dim") is None and heads > 0 and hidden % heads:
-            raise InputError(
-                f"{source}:hidden_size", hidden, f"a multiple of num_attention_heads={heads}, or a head_dim of its own"
-            )
+        """The parsed config.json -> ModelConfig, see `hf_config.read_fields`. `source` opens every message."""
         try:
-            return cls(
-                vocab_size=reader.whole("vocab_size"),
-                hidden_size=hidden,
-                intermediate_size=reader.whole("intermediate_size"),
-                num_hidden_layers=reader.whole("num_hidden_layers"),
-                num_attention_heads=heads,
-                num_key_value_heads=reader.whole("num_key_value_heads", heads),
-                head_dim=reader.whole("head_dim", hidden // heads if heads > 0 else 0),
-                rms_norm_eps=reader.number("rms_norm_eps"),
-                rope_theta=theta,
-                rope_scaling=scaling,
-                max_position_embeddings=reader.whole("max_position_embeddings", 2048),
-                tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-                dtype=reader.dtype(),
-                bos_token_id=reader.token_ids("bos_token_id", 1, several=False)[0],
-                eos_token_ids=tuple(t for t in reader.token_ids("eos_token_id", 2, several=True) if t is not None),
-                attention_bias=reader.flag("attention_bias", False),
-                mlp_bias=reader.flag("mlp_bias", False),
-            )
+            return cls(**read_fields(raw, source))
         except InputError as error:
             if error.field.startswith(f"{source}:"):
                 raise
@@ -206,28 +136,12 @@ class ModelConfig:
         """
         if not isinstance(self.rope_scaling, DynamicRope):
             return self
-        factor, d = self.rope_scaling.factor, self.head_dim
-        growth = factor * max(tokens, self.max_position_embeddings) / self.max_position_embeddings - (factor - 1)
-        return replace(self, rope_theta=self.rope_theta * growth ** (d / (d - 2)), rope_scaling=None)
+        theta = dynamic_theta(self.rope_theta, self.head_dim, self.rope_scaling, tokens, self.max_position_embeddings)
+        return replace(self, rope_theta=theta, rope_scaling=None)
 
     def inv_freq(self) -> npt.NDArray[np.float64]:
-        """Radians a token for each pair of RoPE's rotated elements -> [head_dim / 2].
-
-        Plain: theta^(-2i/d) (Su et al. 2021, RoFormer, section 3.2.2). Linear: that over the factor. Dynamic: plain,
-        see `at_length`. Llama 3 scaling: `apply_scaling` in
-        meta-llama/llama-models (models/llama3/model.py), which transformers repeats as `_compute_llama3_parameters`
-        in modeling_rope_utils.py.
-        """
-        plain = self.rope_theta ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
-        scaling = self.rope_scaling
-        if isinstance(scaling, LinearRope):
-            return np.asarray(plain / scaling.factor, dtype=np.float64)
-        if not isinstance(scaling, Llama3Rope):
-            return plain
-        waves = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # turns over the original context
-        blend = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        keep = np.clip(blend, 0.0, 1.0)  # 1: a short wave, kept; 0: a long one, stretched
-        return np.asarray((1 - keep) * plain / scaling.factor + keep * plain, dtype=np.float64)
+        """Radians a token for each pair of RoPE's rotated elements -> [head_dim / 2]; see `rope.inv_freq`."""
+        return inv_freq(self.rope_theta, self.head_dim, self.rope_scaling)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint, by its Hugging Face name; rows are outputs. Tied: no lm_head.weight."""
@@ -303,128 +217,6 @@ _PHASE_OF = {
 }
 
 
-class _Reader:
-    """Typed access to a parsed config.json; a wrong type, a missing field or another architecture: InputError."""
-
-    def __init__(self, raw: object, source: str) -> None:
-        if not isinstance(raw, dict):
-            raise InputError(source, shown(raw), "a JSON object")
-        self.raw: dict[str, Any] = raw
-        self.source = source
-
-    def refuse(self, key: str, value: object, allowed: str) -> InputError:
-        return InputError(f"{self.source}:{key}", shown(value), allowed)
-
-    def get(self, key: str) -> Any:
-        """The value at `key`, dots descend; null and absent are one."""
-        value: Any = self.raw
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise self.refuse(key, "missing", "a whole number is required")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.refuse(key, value, "a whole number")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise self.refuse(key, "missing", "a number is required")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refuse(key, value, "a number")
-        try:
-            return float(value)
-        except OverflowError:
-            raise self.refuse(key, value, "a finite number") from None
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.refuse(key, value, "true or false")
-        return value
-
-    def token_ids(self, key: str, default: int, *, several: bool) -> list[int | None]:
-        if key not in self.raw:
-            return [default] if default < self.whole("vocab_size") else [None]
-        value = self.raw[key]
-        if value is None:
-            return [None]
-        ids = value if several and isinstance(value, list) else [value]
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            raise self.refuse(key, value, "a token id, a list of them or null" if several else "a token id or null")
-        return list(ids)
-
-    def dtype(self) -> str:
-        value = self.get("dtype") if self.get("dtype") is not None else self.get("torch_dtype")
-        if value is None:
-            return "float32"
-        if not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES:
-            raise self.refuse(
-                "dtype" if self.get("dtype") is not None else "torch_dtype", value, f"one of {', '.join(DTYPES)}"
-            )
-        return value.removeprefix("torch.")
-
-    def check_family(self) -> None:
-        model_type, architectures = self.get("model_type"), self.get("architectures")
-        if model_type is None and architectures is None:
-            raise self.refuse("model_type", "missing", "llama (architectures: LlamaForCausalLM)")
-        if architectures is not None and architectures != ["LlamaForCausalLM"]:
-            raise self.refuse("architectures", architectures, "only LlamaForCausalLM is supported")
-        if model_type is not None and model_type != "llama":
-            raise self.refuse("model_type", model_type, "only llama is supported")
-        if self.get("quantization_config") is not None:
-            raise self.refuse(
-                "quantization_config",
-                self.get("quantization_config"),
-                "unquantized bfloat16, float16 or float32 checkpoints only",
-            )
-        if self.get("hidden_act") not in (None, "silu"):
-            raise self.refuse("hidden_act", self.get("hidden_act"), "only silu is supported")
-
-    def rope(self) -> tuple[float, Rope | None]:
-        """theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-        new, old = self.get("rope_parameters"), self.get("rope_scaling")
-        for key, value in (("rope_parameters", new), ("rope_scaling", old)):
-            if value is not None and not isinstance(value, dict):
-                raise self.refuse(key, value, "an object or null")
-        if new is not None and old is not None and new != old:
-            raise self.refuse("rope_scaling", old, "absent, or what rope_parameters says")
-        at = "rope_scaling" if new is None else "rope_parameters"
-        fields: dict[str, Any] = (old if new is None else new) or {}
-        inner, outer = fields.get("rope_theta"), self.get("rope_theta")
-        if inner is not None and outer is not None and inner != outer:
-            raise self.refuse("rope_theta", outer, f"absent, or {at}.rope_theta={shown(inner)}")
-        theta = self.number(f"{at}.rope_theta" if inner is not None else "rope_theta", 10000.0)
-        partial = fields.get("partial_rotary_factor", self.get("partial_rotary_factor"))
-        if partial not in (None, 1):
-            raise self.refuse(f"{at}.partial_rotary_factor", partial, "only 1 is supported")
-        kind = fields.get("rope_type", fields.get("type", "default"))
-        if kind == "default":
-            return theta, None
-        if kind == "linear":
-            return theta, LinearRope(self.number(f"{at}.factor"))
-        if kind == "dynamic":
-            return theta, DynamicRope(self.number(f"{at}.factor"))
-        if kind != "llama3":
-            raise self.refuse(f"{at}.rope_type", kind, "only default, linear, dynamic and llama3 are supported")
-        return theta, Llama3Rope(
-            factor=self.number(f"{at}.factor"),
-            low_freq_factor=self.number(f"{at}.low_freq_factor"),
-            high_freq_factor=self.number(f"{at}.high_freq_factor"),
-            original_max_position_embeddings=self.whole(f"{at}.original_max_position_embeddings"),
-        )
-
-
 SHAPES: dict[str, ModelConfig] = {
     # Llama-3.2-1B: 1,235,814,400 parameters
     "llama_1b_shape": ModelConfig(
@@ -491,6 +283,7 @@ class Model:
     config: ModelConfig
     weights: Weights = field(repr=False)
     path: Path | None
+    generation: GenerationConfig = field(default_factory=GenerationConfig)  # of the folder
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -501,9 +294,12 @@ class Model:
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise InputError(str(file), shown(str(error)), "a tokenizer.json of Hugging Face tokenizers") from None
+        tokenizer.no_truncation()  # of training, and saved with it: a prompt is neither cut nor filled up in silence
+        tokenizer.no_padding()
+        return tokenizer
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -534,37 +330,32 @@ def load_model(
         raise InputError("model.dtype", shown(dtype), f"one of auto, {', '.join(ELEMENT_BYTES)}")
     if path is None and name_or_shape in SHAPES:
         kind = "bf16" if dtype == "auto" else dtype
-        config = replace(SHAPES[name_or_shape], dtype=DTYPE_NAMES[kind])
+        config = replace(SHAPES[name_or_shape], dtype=CONFIG_DTYPE_OF[kind])
         return Model(name_or_shape, config, Weights.from_hash(config, seed, kind, fill), None)
     if path is None and name_or_shape != "tiny":
         raise InputError("model", shown(name_or_shape), f"one of tiny, {', '.join(SHAPES)}, or a folder in model.path")
     folder = TINY if path is None else path
-    config = read_config(folder)
+    config, generation = _read_configs(folder)
     weights = Weights.open(folder, config)
     if dtype not in ("auto", weights.dtype):
         raise InputError("model.dtype", dtype, f"auto or {weights.dtype}, which is what {folder.name} holds")
-    return Model(name_or_shape, replace(config, dtype=DTYPE_NAMES[weights.dtype]), weights, folder)
+    return Model(name_or_shape, replace(config, dtype=CONFIG_DTYPE_OF[weights.dtype]), weights, folder, generation)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """FOLDER/config.json -> ModelConfig; stop tokens of generation_config.json win, as they do in transformers."""
+    return _read_configs(folder)[0]
+
+
+def _read_configs(folder: Path) -> tuple[ModelConfig, GenerationConfig]:
     if not folder.is_dir():
         raise InputError("model.path", folder, "a folder with config.json and safetensors files")
-    raw = parse_json(_read(folder / "config.json"), "config.json")
-    generation = folder / "generation_config.json"
-    if isinstance(raw, dict) and generation.exists():
-        stops = parse_json(_read(generation), generation.name)
-        if not isinstance(stops, dict):
-            raise InputError(generation.name, shown(stops), "a JSON object")
-        if stops.get("eos_token_id") is not None:
-            raw = {**raw, "eos_token_id": stops["eos_token_id"]}
-    return ModelConfig.from_hf(raw, "config.json")
-
-
-def _read(file: Path) -> bytes:
+    raw = parse_json(read_bytes(folder / "config.json"), "config.json")
+    generation = read_generation_config(folder)
+    if generation.eos_token_ids is None or not isinstance(raw, dict):
+        return ModelConfig.from_hf(raw, "config.json"), generation
+    config = ModelConfig.from_hf({**raw, "eos_token_id": None}, "config.json")
     try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise InputError("model.path", file.parent, f"a folder that holds {file.name}") from None
-    except OSError as error:
-        raise InputError(str(file), error.strerror, "a readable file") from None
+        return replace(config, eos_token_ids=generation.eos_token_ids), generation
+    except InputError as error:
+        raise InputError(f"{GENERATION_FILE}:{error.field}", error.value, error.allowed) from None

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from xlpk.kv import KVPlan
 from xlpk.metrics import Metrics
 from xlpk.model import Model
 from xlpk.settings import Settings
+from xlpk.text import decode as decode_text
 from xlpk.workload import Request
 
 CONFIG, EVENTS, METRICS, METRICS_CSV = "config.yaml", "events.jsonl", "metrics.json", "metrics.csv"
@@ -83,6 +85,7 @@ def effective_config(settings: Settings, model: Model, plan: KVPlan, requests: S
         "fingerprint": model.fingerprint,
     }
     config["workload"]["effective_requests"] = len(requests)
+    config["sampling"] |= {f"effective_{key}": value for key, value in asdict(settings.sampling.values()).items()}
     config["sampling"]["effective_max_new_tokens"] = max(request.max_new_tokens for request in requests)
     return config
 
@@ -116,7 +119,7 @@ def decode(model: Model, tokens: Sequence[int]) -> str:
     tokenizer = model.tokenizer
     if tokenizer is None:
         return " ".join(map(str, tokens))
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
+    return decode_text(tokenizer, tokens)
 
 
 def write_build(folder: Path, report: BackendReport) -> None:

@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from xlpk.dtypes import bf16_decode, bf16_encode, decode
 from xlpk.errors import InputError
 from xlpk.model import ModelConfig
-from xlpk.weights import Weights, bf16_decode, bf16_encode, decode
+from xlpk.weights import Weights
 
 Array: TypeAlias = npt.NDArray[Any]
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -77,18 +78,32 @@ class Arithmetic:
         """K or V as a page gives it back."""
         return x
 
+    def read(self, x: Array) -> Array:
+        """Activations as the multiply by a matrix reads them."""
+        return x
 
-class Bf16Pages(Arithmetic):
-    """K and V rounded to bf16, as pages of dtype bf16 store them; everything else exact."""
+
+@dataclass
+class Rounded(Arithmetic):
+    """Rounded to bf16 where the dtype says so, by the kernels' own rule; everything else exact."""
+
+    kv_dtype: str | None  # of pages
+    activations: str | None  # in front of a matrix
+
+    def __post_init__(self) -> None:
+        for name in ("kv_dtype", "activations"):
+            if getattr(self, name) not in (None, "fp32", "bf16"):
+                raise InputError(name, getattr(self, name), "one of fp32, bf16")
 
     def stored(self, x: Array) -> Array:
-        return bf16_decode(bf16_encode(x)).astype(x.dtype)
+        return _to_bf16(x) if self.kv_dtype == "bf16" else x
+
+    def read(self, x: Array) -> Array:
+        return _to_bf16(x) if self.activations == "bf16" else x
 
 
-def arithmetic(kv_dtype: str | None) -> Arithmetic:
-    if kv_dtype not in (None, "fp32", "bf16"):
-        raise InputError("kv_dtype", kv_dtype, "one of fp32, bf16")
-    return Bf16Pages() if kv_dtype == "bf16" else Arithmetic()
+def _to_bf16(x: Array) -> Array:
+    return bf16_decode(bf16_encode(x)).astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- the forward pass
@@ -100,6 +115,7 @@ def forward(
     tokens: npt.ArrayLike,
     *,
     kv_dtype: str | None = None,
+    activations: str | None = None,
     cache: Cache | None = None,
     dtype: npt.DTypeLike = np.float64,
     ops: Arithmetic | None = None,
@@ -108,11 +124,12 @@ def forward(
 
     Args:
         kv_dtype: "bf16" rounds K (after RoPE) and V as bf16 pages do; None leaves them exact.
+        activations: "bf16" rounds what a matrix is multiplied with, as the kernels do for bf16 matrices; None does not.
         cache: K and V of earlier tokens, an empty list at first; this call appends its own.
-        ops: how intermediates are treated; by default as `kv_dtype` says.
+        ops: how intermediates are treated; by default as `kv_dtype` and `activations` say.
     """
     w = weights if isinstance(weights, Exact) else Exact(weights, dtype)
-    ops = arithmetic(kv_dtype) if ops is None else ops
+    ops = Rounded(kv_dtype, activations) if ops is None else ops
     ids = check_tokens(config, tokens)
     past = cache[0][0].shape[1] if cache else 0
     heads, kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -121,7 +138,7 @@ def forward(
 
     def project(h: Array, name: str) -> Array:
         """[n, k] -> [n, m], plus the bias where the model has one."""
-        y = ops.product(h, w(name + ".weight").T)
+        y = ops.product(ops.read(h), w(name + ".weight").T)
         return ops.value(y + w(name + ".bias")) if name + ".bias" in w.weights.names else y
 
     for layer in range(config.num_hidden_layers):
@@ -152,7 +169,7 @@ def forward(
 
     x = rms_norm(x, w("model.norm.weight"), config.rms_norm_eps, ops)  # [n, hidden]
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return ops.product(x, w(head).T)  # [n, vocab]
+    return ops.product(ops.read(x), w(head).T)  # [n, vocab]
 
 
 def rms_norm(x: Array, gain: Array, eps: float, ops: Arithmetic) -> Array:
@@ -239,8 +256,9 @@ class Perturbed(Arithmetic):
     """Adds to each intermediate an error of random sign and of the size that rounding may give it."""
 
     rng: np.random.Generator
-    dtype: str  # of activations and sums
-    kv_dtype: str | None  # of pages; None: as exact as the activations
+    dtype: str  # of sums
+    kv_dtype: str | None  # of pages; None: as exact as the sums
+    activations: str | None  # in front of a matrix; None: likewise
 
     def _signs(self, shape: tuple[int, ...]) -> Array:
         return self.rng.integers(0, 2, size=shape, dtype=np.int8) * 2.0 - 1.0
@@ -260,8 +278,12 @@ class Perturbed(Arithmetic):
         return self.value(super().total(x), 2 * math.sqrt(x.shape[-1]))
 
     def stored(self, x: Array) -> Array:
-        if self.kv_dtype != "bf16":
-            return x
+        return self._near_bf16(x) if self.kv_dtype == "bf16" else x
+
+    def read(self, x: Array) -> Array:
+        return self._near_bf16(x) if self.activations == "bf16" else x
+
+    def _near_bf16(self, x: Array) -> Array:
         half = np.ldexp(ROUNDOFF["bf16"], np.frexp(x)[1] - 1)  # half the distance between x's bf16 neighbours
         return np.asarray(x + half * self.rng.uniform(-1, 1, x.shape))
 
@@ -273,15 +295,16 @@ def error_bound(
     *,
     dtype: str = "fp32",
     kv_dtype: str | None = None,
+    activations: str | None = None,
     samples: int = 8,
     failure: float = 1e-6,
     seed: int = 0,
 ) -> Float64:
     """[n]: the largest |logits - `forward(..., kv_dtype=None)`| that rounding explains, at each position.
 
-    For an implementation with activations and sums in `dtype`, in any order, and pages in `kv_dtype` ("bf16", or None
-    for as exact as the activations). It covers the comparison with `forward(..., kv_dtype="bf16")` too: there only
-    values next to a rounding boundary differ.
+    For an implementation with sums in `dtype`, in any order, pages in `kv_dtype` and what matrices are multiplied with
+    in `activations` ("bf16", or None for as exact as the sums). It covers the comparison with `forward` of the same
+    `kv_dtype` and `activations` too: there only values next to a rounding boundary differ.
 
     Method: to first order the error of a logit is a sum of independent local errors, each carried to the logit by the
     derivative (Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.8; independence as in Higham
@@ -295,6 +318,6 @@ def error_bound(
     exact = forward(config, w, tokens)
     squares = np.zeros_like(exact)
     for _ in range(samples):
-        squares += np.square(forward(config, w, tokens, ops=Perturbed(rng, dtype, kv_dtype)) - exact)
+        squares += np.square(forward(config, w, tokens, ops=Perturbed(rng, dtype, kv_dtype, activations)) - exact)
     deviation = np.sqrt(squares / samples).max(axis=-1)  # [n]
     return np.asarray(deviation * math.sqrt(2 * math.log(2 * exact.size / failure)))

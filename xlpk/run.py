@@ -6,6 +6,7 @@ a sweep the other points go on and the code is that of the first failure.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from xlpk.errors import BackendError, InputError, ToolError
+from xlpk.errors import BackendError, HangError, InputError, ToolError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 INSTALL = "xlpk is not installed: run `make run`, or `python -m pip install -e .` in the checkout"
 INTERRUPTED = 130
+GPU_BACKENDS = ("persistent", "launched", "graph")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO}
 _codes: list[int] = []  # exit codes of this process's points, in order
 
@@ -62,16 +64,44 @@ def point(cfg: DictConfig, make: MakeBackend | None = None) -> int:
     facts["name"] = " ".join(facts["overrides"])
     if in_sweep:
         facts["sweep_id"] = Path(str(hydra.sweep.dir)).name
-    try:
-        code = _run(cfg, folder, facts, in_sweep, make)
-    except (Exception, KeyboardInterrupt) as raised:
-        error = _unwritable(folder, raised) if getattr(raised, "errno", None) in UNWRITABLE else raised
-        code = exit_code_of(error)
-        _refuse(folder, facts, in_sweep, error)
+    if in_sweep and make is None and _takes_a_device(cfg):
+        from xlpk.isolate import run_isolated
+
+        code = run_isolated(cfg, folder, facts, cfg.run.deadline_s)
+    else:
+        code = _point(cfg, folder, facts, in_sweep, make)
     _codes.append(code)
     if code == INTERRUPTED:
         raise KeyboardInterrupt  # ends a sweep too
     return code
+
+
+def _point(
+    cfg: DictConfig, folder: Path, facts: dict[str, Any], in_sweep: bool, make: MakeBackend | None = None
+) -> int:
+    try:
+        return _run(cfg, folder, facts, in_sweep, make)
+    except (Exception, KeyboardInterrupt) as raised:
+        error = _unwritable(folder, raised) if getattr(raised, "errno", None) in UNWRITABLE else raised
+        _refuse(folder, facts, in_sweep, error)
+        return exit_code_of(error)
+
+
+def _takes_a_device(cfg: DictConfig) -> bool:
+    name = cfg.backend.get("name")
+    return name in GPU_BACKENDS or (name == "auto" and importlib.util.find_spec("pycuda") is not None)
+
+
+def child_point(cfg: DictConfig, folder: Path, facts: dict[str, Any]) -> None:
+    """A point of a sweep as the whole of this process, which ends with its exit code."""
+    from xlpk import config
+
+    _take_signals()
+    config.register()
+    code = _point(cfg, folder, facts, True)
+    _signals.held = True
+    _leave_if_lost(code)
+    raise SystemExit(code)
 
 
 def _refuse(folder: Path, facts: dict[str, Any], in_sweep: bool, error: BaseException) -> None:
@@ -100,10 +130,13 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], in_sweep: bool, m
     from xlpk.settings import MlflowTracking
     from xlpk.workload import make_requests
 
-    settings = config.validate(cfg)
+    settings = engine.resolve_backend(config.validate(cfg))
     choice = settings.model
     path = Path(choice.path) if choice.path else None
     model = load_model(choice.name, path, choice.seed, choice.dtype, fill=engine.hash_fill(settings))
+    if model.path is not None:
+        model.weights.check_finite()
+    settings = settings.for_model(model.generation)
     plan = KVPlan.make(settings.kv, model.config, model.weights.dtype, _max_len(settings, model))
     requests, notes = make_requests(settings.workload, settings.sampling, model, plan)
     for note in (*settings.notes, *notes):
@@ -146,7 +179,8 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], in_sweep: bool, m
     if failure is None:
         record.write_status(folder, "FINISHED", 0)
     else:
-        record.write_status(folder, "FAILED", code, error=one_line(failure))
+        hang = {"hang": one_line(failure)} if isinstance(failure, HangError) else {}
+        record.write_status(folder, "FAILED", code, error=one_line(failure), **hang)
         complain(f"{one_line(failure)} (run folder: {os.path.relpath(folder)})")
         if not isinstance(failure, InputError | ToolError | BackendError | KeyboardInterrupt):
             traceback.print_exception(failure)
@@ -342,13 +376,34 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("hydra") is None or importlib.util.find_spec("xlpk.conf") is None:
         complain(INSTALL)
         return 2
-    signal.signal(signal.SIGTERM, _signals)
-    signal.signal(signal.SIGINT, _signals)
-    code = compose_and_run(sys.argv[1:] if argv is None else argv, point)
-    if "xlpk.report" in sys.modules:
-        failed = finish_sweep()
-        code = code if code == INTERRUPTED else failed or code
+    _take_signals()
+    try:
+        code = compose_and_run(sys.argv[1:] if argv is None else argv, point)
+        if "xlpk.report" in sys.modules:
+            failed = finish_sweep()
+            code = code if code == INTERRUPTED else failed or code
+    except KeyboardInterrupt:  # while modules are imported, or a second one after the run's files were complete
+        code = INTERRUPTED
+        complain("interrupted")
+    finally:
+        _signals.held = True  # the process is leaving: one more must not turn its exit code into a traceback
+    _leave_if_lost(code)
     return code
+
+
+def _take_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _signals)
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # else the interpreter's own end would be killed by it
+
+
+def _leave_if_lost(code: int) -> None:
+    """Ends the process if it holds a device that it cannot free: the interpreter's end would wait for its kernel."""
+    device = sys.modules.get("xlpk.backends.gpu_device")
+    if device is not None and device.lost():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

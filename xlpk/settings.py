@@ -5,9 +5,10 @@ Plain data without Hydra, so that the engine, tracking and reports can take it; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from xlpk.generation import GenerationConfig
 from xlpk.kv import KV
 from xlpk.speculation import Acceptance, Proposer
 from xlpk.workload import Prompts, Sampling, Synthetic
@@ -26,6 +27,60 @@ class CpuBackend:
 
 
 @dataclass
+class PersistentBackend:
+    """One resident kernel on a GPU (`backend=persistent`). Times: 0 means never."""
+
+    name: str = "persistent"
+    device: int = 0  # ordinal of the GPU
+    lease_ms: float = 1000.0  # a launch leaves after this long, its state kept, and is launched again
+    idle_ms: float = 500.0  # it leaves after this long without work, until there is some
+    heartbeat_ms: float = 1000.0  # it leaves when the host gave no sign of life for this long
+
+    @property
+    def orchestration(self) -> str:
+        return self.name
+
+
+@dataclass
+class LaunchedBackend:
+    """One kernel a phase on a GPU, launched by the host (`backend=launched`)."""
+
+    name: str = "launched"
+    device: int = 0  # ordinal of the GPU
+    sync: str = "step"  # step | phase: how often the host waits
+
+    @property
+    def orchestration(self) -> str:
+        return self.name
+
+
+@dataclass
+class GraphBackend:
+    """The launches of a step as one CUDA graph (`backend=graph`)."""
+
+    name: str = "graph"
+    device: int = 0  # ordinal of the GPU
+
+    @property
+    def orchestration(self) -> str:
+        return self.name
+
+
+@dataclass
+class AutoBackend:
+    """`persistent` if there is a usable GPU, else `cpu` (`backend=auto`); the run says which, and why."""
+
+    name: str = "auto"
+
+    @property
+    def orchestration(self) -> str:
+        return self.name
+
+
+AnyBackend = CpuBackend | PersistentBackend | LaunchedBackend | GraphBackend | AutoBackend
+
+
+@dataclass
 class Mode:
     """What a run demonstrates; its file in conf/mode sets values of other groups."""
 
@@ -41,6 +96,9 @@ class ModelChoice:
     dtype: str = "auto"  # auto | bf16 | fp16 | fp32
     max_len: int | None = None  # tokens of a sequence at most; null: the model's positions
     seed: int = 0  # of hash weights
+    # auto: sampling values that are null come from the folder's generation_config.json; none: from xlpk.
+    # End-of-sequence ids come from the file either way.
+    generation_config: str = "auto"
 
 
 @dataclass
@@ -76,6 +134,7 @@ class Run:
     json: bool = False  # the last line of stdout is one JSON object, the metrics
     outputs: str = "outputs"  # nothing is written outside this folder
     warmup_steps: int = 8  # output tokens of an untimed request before the measurement; 0: none
+    deadline_s: float = 900.0  # a sweep's point on a GPU, a process of its own, is ended after this long
 
 
 @dataclass(frozen=True)
@@ -83,7 +142,7 @@ class Settings:
     """A checked config. `spec` is what runs; what was asked for stands in `requested_*` and in `resolved`."""
 
     mode: str
-    backend: CpuBackend
+    backend: AnyBackend
     spec: Proposer
     acceptance: Acceptance
     kv: KV
@@ -99,4 +158,11 @@ class Settings:
 
     @property
     def lossless(self) -> bool:
-        return self.acceptance.lossless(self.sampling.temperature)
+        return self.acceptance.lossless(self.sampling.values().temperature)
+
+    def for_model(self, generation: GenerationConfig) -> Settings:
+        """With the sampling values that the config leaves to the model, and a note that names them."""
+        if self.model.generation_config == "none":
+            return self
+        sampling, note = self.sampling.filled(generation)
+        return replace(self, sampling=sampling, notes=(*self.notes, note) if note else self.notes)

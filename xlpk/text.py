@@ -1,24 +1,46 @@
 """Text around the model: tokens to text piece by piece, and chats to prompts by the tokenizer's own template.
 
 `IncrementalText` streams what `Tokenizer.decode` would say of all tokens at once. `ChatTemplate` renders messages with
-the checkpoint's jinja in a sandbox. Encoding is `Tokenizer.encode`, whose post-processor knows about BOS.
+the checkpoint's jinja in a sandbox. `encode` is `Tokenizer.encode`, whose post-processor knows about BOS.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xlpk.errors import InputError
-from xlpk.weights import parse_json, shown
+from xlpk.errors import InputError, shown
+from xlpk.jsonfile import parse_json
 
 BROKEN = "\ufffd"  # what decoders put for bytes that are no character, or not yet
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 TEMPLATE_LIMIT = 1 << 20  # bytes; the longest published ones take 20 KB
+
+
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+    """Text -> token ids. Raises InputError where a damaged tokenizer.json shows in use only."""
+    return tuple(_guarded(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids))
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Token ids -> text, special tokens included. Raises InputError as `encode` does."""
+    return str(_guarded(lambda: tokenizer.decode(list(ids), skip_special_tokens=False)))
+
+
+def _guarded(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except BaseException as error:
+        # The library raises bare Exception; a panic of its Rust code is no Exception, and its class has no public name.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            "tokenizer.json", shown(str(error)), "a tokenizer that takes any text and its own ids"
+        ) from None
 
 
 class IncrementalText:
@@ -61,7 +83,7 @@ class IncrementalText:
         return text[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+        return decode(self._tokenizer, ids)
 
     def _kind(self, token: int) -> str:
         if token not in self._kinds:

@@ -6,6 +6,7 @@ stale one is never used. What a build took and what ptxas said comes back in a `
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -86,15 +87,19 @@ def find_cxx() -> str:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler, or None."""
-    return shutil.which("nvcc")
+    """The CUDA compiler: on PATH, or of the wheels that the extra `nvcc` brings. None if there is none."""
+    wheels = importlib.util.find_spec("nvidia")
+    folders = [Path(root) for root in (wheels.submodule_search_locations or () if wheels else ())]
+    of_wheels = (path for folder in folders for path in sorted(folder.glob("cu*/bin/nvcc")))
+    return shutil.which("nvcc") or next(map(str, of_wheels), None)
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def _version_line(command: str) -> str:
+def version_line(command: str) -> str:
+    """The release that a compiler says it is."""
     lines = [line for line in _run([*shlex.split(command), "--version"]).stdout.splitlines() if line.strip()]
     release = next((line for line in lines if "release" in line), lines[0] if lines else "unknown version")
     return release.strip()
@@ -107,6 +112,18 @@ def _cpu_features() -> str:
         return platform.machine()
     match = re.search(r"^(flags|Features)\s*:.*$", text, re.MULTILINE)
     return match[0] if match else platform.machine()
+
+
+def amx_flags() -> tuple[str, ...]:
+    """What keeps AMX out of a build for this machine: nothing where Linux grants this process its tile registers.
+
+    Compilers look at the processor alone; the kernel may still refuse (ARCH_REQ_XCOMP_PERM, Linux 5.16).
+    """
+    if platform.machine() != "x86_64":
+        return ()
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    granted = sys.platform == "linux" and ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return () if granted else ("-DXL_NO_AMX",)
 
 
 def _content_hash(folder: Path, *facts: str) -> str:
@@ -152,8 +169,8 @@ def build_shared(source: Path, cache: Path, *, extra_flags: Sequence[str] = (), 
     """A shared library of one C++ file that includes the kernels' headers; arguments as of `build_cpu_library`."""
     kernels = folder or kernels_folder()
     cxx = find_cxx()
-    version = _version_line(cxx)
-    flags = [*CXX_FLAGS, *extra_flags]
+    version = version_line(cxx)
+    flags = [*CXX_FLAGS, *(flag for flag in amx_flags() if flag not in extra_flags), *extra_flags]
     content = _content_hash(kernels, cxx, version, " ".join(flags), _cpu_features(), source.name, source.read_text())
     target = cache / "build" / f"libxlpk-{source.stem}-{content}.so"
     compiler = f"{cxx} ({version})"
@@ -186,16 +203,24 @@ def dims_defines(dims: np.ndarray[Any, Any], weight: str, cache: str) -> dict[st
 
 
 def build_cubin(source: str, cache: Path, *, arch: str, defines: Mapping[str, str]) -> Build:
-    """A cubin of `kernels/<source>` with the model's dimensions as compile-time constants. ToolError without nvcc."""
+    """A cubin of `kernels/<source>` with the model's dimensions as compile-time constants.
+
+    Without nvcc one that another compiler made of the same sources and flags will do; ToolError if there is none.
+    """
     nvcc = find_nvcc()
-    if nvcc is None:
-        raise ToolError("nvcc was not found: install the CUDA toolkit and put its bin folder on PATH")
     folder = kernels_folder()
-    version = _version_line(nvcc)
     flags = [*NVCC_FLAGS, f"-arch={arch}", *[f"-D{key}={value}" for key, value in sorted(defines.items())]]
-    target = cache / "build" / f"{Path(source).stem}-{_content_hash(folder, source, version, ' '.join(flags))}.cubin"
-    report = target.with_suffix(".ptxas")
+    stem = f"{Path(source).stem}-{_content_hash(folder, source, ' '.join(flags))}"
+    if nvcc is None:
+        for target in sorted((cache / "build").glob(f"{stem}-*.cubin")):
+            report = target.with_suffix(".ptxas")
+            if report.exists():
+                return Build(target, "cached", " ".join(flags), 0.0, True, parse_ptxas(report.read_text()))
+        raise ToolError("nvcc was not found: put the bin folder of a CUDA toolkit on PATH, or pip install 'xlpk[nvcc]'")
+    version = version_line(nvcc)
     compiler = f"{nvcc} ({version})"
+    target = cache / "build" / f"{stem}-{hashlib.sha256(version.encode()).hexdigest()[:8]}.cubin"
+    report = target.with_suffix(".ptxas")
     if target.exists() and report.exists():
         return Build(target, compiler, " ".join(flags), 0.0, True, parse_ptxas(report.read_text()))
     messages, seconds = _compile([nvcc, *flags, f"-I{folder}", str(folder / source)], target)

@@ -217,5 +217,6 @@ def tags_of(folder: Path, status: dict[str, Any]) -> dict[str, str]:
         "run_folder": str(folder.resolve()).replace("'", ""),
         "overrides": " ".join(status.get("overrides", [])),
         "error": status.get("error"),
+        "HANG": status.get("hang"),
     }
     return {key: str(value)[:4000] for key, value in tags.items() if value}

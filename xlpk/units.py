@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xlpk.errors import InputError
+from xlpk.errors import InputError, shown
 
 _SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMG]i?B|B)\s*")
 
 
-def parse_bytes(text: str, field: str) -> int:
-    """`64MiB` -> 67108864. Raises InputError naming `field`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", text)
+def parse_bytes(text: str, field: str, otherwise: str = "") -> int:
+    """`64MiB` -> 67108864. Raises InputError naming `field`; `otherwise` adds to what it says is allowed."""
+    match = _SIZE.fullmatch(text)
     if not match or float(match[1]) <= 0:
-        raise InputError(field, text, "a positive size such as 64MiB or 1.5GiB")
+        raise InputError(field, shown(text), f"a positive size such as 64MiB or 1.5GiB{otherwise}")
     return int(float(match[1]) * _SIZES[match[2]])
 
 

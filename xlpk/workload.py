@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xlpk import layout
-from xlpk.errors import InputError
+from xlpk.errors import InputError, shown
+from xlpk.generation import FILE, GenerationConfig, SamplingValues, check_value
+from xlpk.text import encode
 
 if TYPE_CHECKING:
     from xlpk.kv import KVPlan
@@ -23,28 +25,44 @@ if TYPE_CHECKING:
 
 MAX_REQUESTS = 1_000_000  # all of them are made before the first is sent
 MAX_TOKENS = 100_000_000  # of all synthetic prompts
-MIN_TEMPERATURE = 1e-5  # logits divided by less could overflow
 
 
 @dataclass
 class Sampling:
     """How output tokens are chosen (the `sampling` group of the config); vLLM's names and meanings."""
 
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # keep the k most likely tokens; 0: all
-    top_p: float = 1.0  # keep the most likely tokens that hold this share of the probability; 1: all
-    min_p: float = 0.0  # keep tokens at least this share as likely as the most likely one; 0: all
-    repetition_penalty: float = 1.0  # over prompt and output; 1: none
+    # null: the model's generation_config.json, else neutral (`generation.SamplingValues`)
+    temperature: float | None = None  # 0: greedy
+    top_k: int | None = None  # keep the k most likely tokens; 0: all
+    top_p: float | None = None  # keep the most likely tokens that hold this share of the probability; 1: all
+    min_p: float | None = None  # keep tokens at least this share as likely as the most likely one; 0: all
+    repetition_penalty: float | None = None  # over prompt and output; 1: none
+    max_new_tokens: int | None = None
     presence_penalty: float = 0.0  # subtracted from the logits of tokens of the output
     frequency_penalty: float = 0.0  # the same, times how often
     logit_bias: Any = None  # {token id: what is added to its logit}; null: none. Any, since Hydra merges typed dicts
     logprobs: int | None = None  # most likely tokens to log beside each token, and the token's own logprob; null: none
     seed: int = 0  # request i samples with seed + i
-    max_new_tokens: int = 128
     stop: list[str] = field(default_factory=list)  # strings that end the output and are cut off it; matched by the host
     stop_token_ids: list[int] = field(default_factory=list)
     target: str | None = None  # the output ends when its tokens end with this text's tokens
     ignore_eos: bool = False
+
+    def values(self) -> SamplingValues:
+        """What the six first fields come to; null is xlpk's own."""
+        typed = {item.name: getattr(self, item.name) for item in fields(SamplingValues)}
+        return SamplingValues(**{name: value for name, value in typed.items() if value is not None})
+
+    def filled(self, generation: GenerationConfig) -> tuple[Sampling, str | None]:
+        """With the model's values where this has null -> that, and a note of what was taken or left, if anything."""
+        taken: dict[str, Any] = {
+            name: value for name, value in generation.values.items() if getattr(self, name) is None
+        }
+        parts = [", ".join(f"sampling.{name}={value}" for name, value in taken.items())] if taken else []
+        if generation.unused_temperature is not None and self.temperature is None:
+            parts.append(f"temperature={generation.unused_temperature} of it is unused without do_sample=true")
+        note = f"{FILE}: {'; '.join(parts)} (model.generation_config=none ignores it)" if parts else None
+        return replace(self, **taken), note
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,7 @@ class Prompts:
         elif isinstance(self.prompt, list) and self.prompt and all(isinstance(text, str) for text in self.prompt):
             texts = list(self.prompt)
         else:
-            raise InputError("workload.prompt", self.prompt, "a text or a list of texts")
+            raise InputError("workload.prompt", shown(self.prompt), "a text or a list of texts")
         for text in texts:
             if not text:
                 raise InputError("workload.prompt", "''", "a prompt of at least one character")
@@ -131,21 +149,14 @@ class Synthetic:
 
 def check_sampling(sampling: Sampling, max_stop_ids: int) -> None:
     """What needs no model. Raises InputError."""
-    allowed = sampling.temperature == 0 or sampling.temperature >= MIN_TEMPERATURE
-    words = f"0 (greedy), or a finite number of at least {MIN_TEMPERATURE}"
-    _check_number("sampling.temperature", sampling.temperature, allowed, words)
-    if sampling.max_new_tokens < 1:
-        raise InputError("sampling.max_new_tokens", sampling.max_new_tokens, "at least 1")
+    for item in fields(SamplingValues):
+        value = getattr(sampling, item.name)
+        if value is not None:
+            check_value(f"sampling.{item.name}", item.name, value)
     if not 0 <= sampling.seed < 1 << 63:
         raise InputError("sampling.seed", sampling.seed, "0 to 2^63 - 1")
     if len(sampling.stop_token_ids) > max_stop_ids:
         raise InputError("sampling.stop_token_ids", f"{len(sampling.stop_token_ids)} ids", f"at most {max_stop_ids}")
-    if not 0 <= sampling.top_k < 1 << 31:
-        raise InputError("sampling.top_k", sampling.top_k, "0 to 2^31 - 1 (0: all tokens)")
-    _check_number("sampling.top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0, at most 1 (1: all tokens)")
-    _check_number("sampling.min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "0 to 1 (0: all tokens)")
-    positive = sampling.repetition_penalty > 0
-    _check_number("sampling.repetition_penalty", sampling.repetition_penalty, positive, "above 0 (1: none)")
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(sampling, name)
         _check_number(f"sampling.{name}", value, -2 <= value <= 2, "-2 to 2 (0: none)")
@@ -166,7 +177,7 @@ def biases(sampling: Sampling) -> tuple[tuple[int, float], ...]:
         type(token) is int and isinstance(bias, int | float) for token, bias in given.items()
     )
     if not kinds:
-        raise InputError("sampling.logit_bias", given, "{token id: bias, ...} with whole ids and numbers")
+        raise InputError("sampling.logit_bias", shown(given), "{token id: bias, ...} with whole ids and numbers")
     if len(given) > layout.MAX_BIAS:
         raise InputError("sampling.logit_bias", f"{len(given)} ids", f"at most {layout.MAX_BIAS}")
     return tuple(sorted((token, float(bias)) for token, bias in given.items()))
@@ -192,9 +203,12 @@ def make_requests(
         if not 0 <= token < vocab_size:
             raise InputError("sampling.logit_bias", token, f"ids of the vocabulary: 0 to {vocab_size - 1}")
     if sampling.stop and model.tokenizer is None:
-        raise InputError("sampling.stop", sampling.stop[0], f"model {model.name} has no tokenizer.json: stop_token_ids")
+        raise InputError(
+            "sampling.stop", shown(sampling.stop[0]), f"model {model.name} has no tokenizer.json: stop_token_ids"
+        )
     target = _target(sampling, model)
-    max_new_tokens, ignore_eos = sampling.max_new_tokens, sampling.ignore_eos
+    values, ignore_eos = sampling.values(), sampling.ignore_eos
+    max_new_tokens = values.max_new_tokens
     if isinstance(workload, Synthetic):
         prompts = workload.prompts(vocab_size)
         if workload.output_len is not None:
@@ -211,14 +225,14 @@ def make_requests(
                 request_id=index,
                 prompt=prompt,
                 max_new_tokens=count,
-                temperature=sampling.temperature,
+                temperature=values.temperature,
                 seed=sampling.seed + index,
                 stop_token_ids=tuple(sampling.stop_token_ids),
                 ignore_eos=ignore_eos,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                repetition_penalty=sampling.repetition_penalty,
+                top_k=values.top_k,
+                top_p=values.top_p,
+                min_p=values.min_p,
+                repetition_penalty=values.repetition_penalty,
                 presence_penalty=sampling.presence_penalty,
                 frequency_penalty=sampling.frequency_penalty,
                 logit_bias=biases(sampling),
@@ -241,8 +255,8 @@ def _target(sampling: Sampling, model: Model) -> tuple[int, ...]:
     if sampling.target is None:
         return ()
     if model.tokenizer is None:
-        raise InputError("sampling.target", sampling.target, f"model {model.name} has no tokenizer.json")
-    ids = tuple(model.tokenizer.encode(sampling.target, add_special_tokens=False).ids)
+        raise InputError("sampling.target", shown(sampling.target), f"model {model.name} has no tokenizer.json")
+    (ids,) = _in_vocabulary([encode(model.tokenizer, sampling.target, add_special_tokens=False)], model)
     if not 1 <= len(ids) <= layout.MAX_TARGET:
         raise InputError("sampling.target", f"{len(ids)} tokens", f"1 to {layout.MAX_TARGET} tokens")
     return ids
@@ -274,14 +288,22 @@ def _encode(texts: list[str], model: Model, chat: bool) -> list[tuple[int, ...]]
         if not is_text(text):
             raise InputError("workload.prompt", ascii(text[:80]), "a text in UTF-8")
     if not chat:
-        return [tuple(tokenizer.encode(text).ids) for text in texts]
+        return _in_vocabulary([encode(tokenizer, text) for text in texts], model)
     template = model.chat_template
     if template is None:
         raise InputError("workload.chat", "true", f"false: model {model.name} has no chat template")
     chats = [template.render([{"role": "user", "content": text}]) for text in texts]
-    prompts = [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in chats]
+    prompts = [encode(tokenizer, text, add_special_tokens=False) for text in chats]
     if not all(prompts):
         raise InputError("workload.chat", "true", f"false: the chat template of model {model.name} wrote nothing")
+    return _in_vocabulary(prompts, model)
+
+
+def _in_vocabulary(prompts: list[tuple[int, ...]], model: Model) -> list[tuple[int, ...]]:
+    for prompt in prompts:
+        if prompt and max(prompt) >= model.config.vocab_size:
+            allowed = f"tokens below vocab_size={model.config.vocab_size}: another model's tokenizer?"
+            raise InputError("tokenizer.json", f"token {max(prompt)}", allowed)
     return prompts
 
 

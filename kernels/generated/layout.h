@@ -24,6 +24,9 @@ constexpr int kMaxLogprobs = 20;  // most likely tokens that are published besid
 constexpr int kMaxTarget = 16;  // token ids of a target at most
 constexpr int kMaxBias = 1024;  // logit biases of a request at most
 constexpr int kLine = 128;  // bytes between words that different agents write
+constexpr int kGpuThreads = 256;  // threads of a team on a GPU
+constexpr int kGpuLanes = 32;  // threads of a warp there
+constexpr int kFlightEntries = 1024;  // last phases that the flight recorder keeps for a team; a power of two
 
 enum class WeightType : int32_t { kBf16 = 0, kFp32 = 1, kFp16 = 2 };
 enum class SlotState : int32_t { kFree = 0, kPrefill = 1, kDecode = 2 };
@@ -31,7 +34,8 @@ enum class EventKind : int32_t { kAdmitted = 0, kToken = 1, kFinished = 2 };
 enum class FinishReason : int32_t { kNone = 0, kEos = 1, kStop = 2, kLength = 3, kCancelled = 4, kError = 5, kTarget = 6 };
 enum class Proposer : int32_t { kNone = 0, kNgram = 1, kOracle = 2 };
 enum class Acceptance : int32_t { kKeyed = 0, kGreedy = 1, kForced = 2 };
-enum class AbortReason : int32_t { kNone = 0, kHost = 1, kBarrierTimeout = 2, kPageDoubleAllocation = 3, kPageDoubleFree = 4, kPageConservation = 5, kNoFreePage = 6 };
+enum class AbortReason : int32_t { kNone = 0, kHost = 1, kBarrierTimeout = 2, kPageDoubleAllocation = 3, kPageDoubleFree = 4, kPageConservation = 5, kNoFreePage = 6, kCensusTimeout = 7, kHang = 8 };
+enum class LeaveReason : int32_t { kNone = 0, kStop = 1, kLease = 2, kIdle = 3, kHeartbeat = 4 };
 
 enum class Phase : int32_t {
   kEmbed = 0,  // token embedding; RoPE angles; clears the samplers' maxima
@@ -188,15 +192,19 @@ struct Logprobs {
   int32_t n;  // valid entries of ids and values; -1: none were asked for
   float token;  // of the token that was emitted
   float log_sum;  // log of the sum of exp(logit)
+  float keyed;  // logit of the keyed sample
+  float greedy;  // logit of the argmax after bias and penalties
   int32_t ids[20];  // most likely first; ties by id
   float values[20];
 };
-static_assert(sizeof(Logprobs) == 172, "Logprobs");
+static_assert(sizeof(Logprobs) == 180, "Logprobs");
 static_assert(offsetof(Logprobs, n) == 0, "Logprobs.n");
 static_assert(offsetof(Logprobs, token) == 4, "Logprobs.token");
 static_assert(offsetof(Logprobs, log_sum) == 8, "Logprobs.log_sum");
-static_assert(offsetof(Logprobs, ids) == 12, "Logprobs.ids");
-static_assert(offsetof(Logprobs, values) == 92, "Logprobs.values");
+static_assert(offsetof(Logprobs, keyed) == 12, "Logprobs.keyed");
+static_assert(offsetof(Logprobs, greedy) == 16, "Logprobs.greedy");
+static_assert(offsetof(Logprobs, ids) == 20, "Logprobs.ids");
+static_assert(offsetof(Logprobs, values) == 100, "Logprobs.values");
 
 // What a step did and the state it left, published in the step ring when it was committed.
 struct StepRecord {
@@ -274,9 +282,11 @@ struct Step {
   int32_t n_draft_rows;
   int32_t n_prefill;  // requests
   int32_t n_decode;  // requests
-  int32_t leave;  // 1: the loop leaves instead of running a step
+  int32_t leave;  // LeaveReason; not NONE: the loop leaves instead of running a step
+  int32_t n_page_patches;  // launched from the host: changes of the page table, the first of Params.patches
+  int32_t n_count_patches;  // launched from the host: changes of Params.counts, behind them
 };
-static_assert(sizeof(Step) == 56, "Step");
+static_assert(sizeof(Step) == 64, "Step");
 static_assert(offsetof(Step, step) == 0, "Step.step");
 static_assert(offsetof(Step, begin_ns) == 8, "Step.begin_ns");
 static_assert(offsetof(Step, n_rows) == 16, "Step.n_rows");
@@ -288,6 +298,8 @@ static_assert(offsetof(Step, n_draft_rows) == 36, "Step.n_draft_rows");
 static_assert(offsetof(Step, n_prefill) == 40, "Step.n_prefill");
 static_assert(offsetof(Step, n_decode) == 44, "Step.n_decode");
 static_assert(offsetof(Step, leave) == 48, "Step.leave");
+static_assert(offsetof(Step, n_page_patches) == 52, "Step.n_page_patches");
+static_assert(offsetof(Step, n_count_patches) == 56, "Step.n_count_patches");
 
 // The device's state of one running request. Its tokens are Params.tokens[slot], prompt then output.
 struct Slot {
@@ -376,8 +388,16 @@ struct LoopState {
   int32_t admitted_slot;  // slot whose tokens the team copies; -1: none
   int32_t draft_rows;  // rows that drafts of the next step may take; -1: no step can be planned now
   uint64_t phase_ns[9];  // of the step in flight
+  uint64_t n_launches;  // launches of the persistent loop
+  uint64_t launched_ns;  // device clock when this launch began
+  uint64_t busy_ns;  // device clock when there was work last
+  uint64_t beat;  // the host's heartbeat as it was seen last
+  uint64_t beat_ns;  // device clock when it changed
+  uint64_t n_rounds;  // rounds of control
+  uint64_t n_left;  // launches that ended
+  uint64_t pong;  // ping that was answered last
 };
-static_assert(sizeof(LoopState) == 144, "LoopState");
+static_assert(sizeof(LoopState) == 208, "LoopState");
 static_assert(offsetof(LoopState, n_steps) == 0, "LoopState.n_steps");
 static_assert(offsetof(LoopState, prompt_head) == 8, "LoopState.prompt_head");
 static_assert(offsetof(LoopState, submit_head) == 16, "LoopState.submit_head");
@@ -390,6 +410,36 @@ static_assert(offsetof(LoopState, n_order) == 56, "LoopState.n_order");
 static_assert(offsetof(LoopState, admitted_slot) == 60, "LoopState.admitted_slot");
 static_assert(offsetof(LoopState, draft_rows) == 64, "LoopState.draft_rows");
 static_assert(offsetof(LoopState, phase_ns) == 72, "LoopState.phase_ns");
+static_assert(offsetof(LoopState, n_launches) == 144, "LoopState.n_launches");
+static_assert(offsetof(LoopState, launched_ns) == 152, "LoopState.launched_ns");
+static_assert(offsetof(LoopState, busy_ns) == 160, "LoopState.busy_ns");
+static_assert(offsetof(LoopState, beat) == 168, "LoopState.beat");
+static_assert(offsetof(LoopState, beat_ns) == 176, "LoopState.beat_ns");
+static_assert(offsetof(LoopState, n_rounds) == 184, "LoopState.n_rounds");
+static_assert(offsetof(LoopState, n_left) == 192, "LoopState.n_left");
+static_assert(offsetof(LoopState, pong) == 200, "LoopState.pong");
+
+// A word of the page table or of the counts that changed since the device had them.
+struct Patch {
+  int32_t index;  // of the word in its array
+  int32_t value;
+};
+static_assert(sizeof(Patch) == 8, "Patch");
+static_assert(offsetof(Patch, index) == 0, "Patch.index");
+static_assert(offsetof(Patch, value) == 4, "Patch.value");
+
+// What a team was about to do, in its ring of kFlightEntries.
+struct FlightEntry {
+  uint64_t clock_ns;  // device clock; 0: never written
+  uint32_t step;  // lowest bits of its number
+  uint16_t phase;  // Phase
+  uint16_t layer;
+};
+static_assert(sizeof(FlightEntry) == 16, "FlightEntry");
+static_assert(offsetof(FlightEntry, clock_ns) == 0, "FlightEntry.clock_ns");
+static_assert(offsetof(FlightEntry, step) == 8, "FlightEntry.step");
+static_assert(offsetof(FlightEntry, phase) == 12, "FlightEntry.phase");
+static_assert(offsetof(FlightEntry, layer) == 14, "FlightEntry.layer");
 
 // Words that host and device write for each other; each writer's words share no line with another's.
 struct Mailbox {
@@ -397,8 +447,13 @@ struct Mailbox {
   uint64_t cancel_tail;  // host: cancellations written
   uint64_t event_head;  // host: events taken
   uint64_t step_head;  // host: step records taken
+  uint64_t prompt_tail;  // host: prompt tokens written
+  uint64_t heartbeat;  // host: changes while the host is alive
+  uint64_t ping;  // host: asks an idle loop for its clock
   uint32_t stop;  // host: 1 asks the loop to leave
-  uint8_t host_pad[92];
+  uint32_t launches;  // host: launches of the loop
+  uint32_t hang;  // watchdog: 1 says that nothing moves
+  uint8_t host_pad[60];
   uint64_t submit_head;  // device: submissions taken
   uint64_t cancel_head;  // device: cancellations taken
   uint64_t prompt_head;  // device: prompt tokens taken
@@ -406,15 +461,26 @@ struct Mailbox {
   uint64_t step_tail;  // device: step records published
   uint32_t abort;  // device: AbortReason, copied from GridState for the host
   uint32_t abort_team;  // device: the team that gave up first
-  uint8_t device_pad[80];
+  uint64_t progress;  // device: rounds of control so far
+  uint64_t n_left;  // device: launches that ended with their state kept
+  uint64_t pong_ns;  // device: its clock, answering `ping`
+  uint64_t pong;  // device: the `ping` that was answered
+  uint32_t leave;  // device: LeaveReason of the launch that ended last
+  uint32_t running;  // device: requests with a slot
+  uint8_t device_pad[40];
 };
 static_assert(sizeof(Mailbox) == 256, "Mailbox");
 static_assert(offsetof(Mailbox, submit_tail) == 0, "Mailbox.submit_tail");
 static_assert(offsetof(Mailbox, cancel_tail) == 8, "Mailbox.cancel_tail");
 static_assert(offsetof(Mailbox, event_head) == 16, "Mailbox.event_head");
 static_assert(offsetof(Mailbox, step_head) == 24, "Mailbox.step_head");
-static_assert(offsetof(Mailbox, stop) == 32, "Mailbox.stop");
-static_assert(offsetof(Mailbox, host_pad) == 36, "Mailbox.host_pad");
+static_assert(offsetof(Mailbox, prompt_tail) == 32, "Mailbox.prompt_tail");
+static_assert(offsetof(Mailbox, heartbeat) == 40, "Mailbox.heartbeat");
+static_assert(offsetof(Mailbox, ping) == 48, "Mailbox.ping");
+static_assert(offsetof(Mailbox, stop) == 56, "Mailbox.stop");
+static_assert(offsetof(Mailbox, launches) == 60, "Mailbox.launches");
+static_assert(offsetof(Mailbox, hang) == 64, "Mailbox.hang");
+static_assert(offsetof(Mailbox, host_pad) == 68, "Mailbox.host_pad");
 static_assert(offsetof(Mailbox, submit_head) == 128, "Mailbox.submit_head");
 static_assert(offsetof(Mailbox, cancel_head) == 136, "Mailbox.cancel_head");
 static_assert(offsetof(Mailbox, prompt_head) == 144, "Mailbox.prompt_head");
@@ -422,7 +488,13 @@ static_assert(offsetof(Mailbox, event_tail) == 152, "Mailbox.event_tail");
 static_assert(offsetof(Mailbox, step_tail) == 160, "Mailbox.step_tail");
 static_assert(offsetof(Mailbox, abort) == 168, "Mailbox.abort");
 static_assert(offsetof(Mailbox, abort_team) == 172, "Mailbox.abort_team");
-static_assert(offsetof(Mailbox, device_pad) == 176, "Mailbox.device_pad");
+static_assert(offsetof(Mailbox, progress) == 176, "Mailbox.progress");
+static_assert(offsetof(Mailbox, n_left) == 184, "Mailbox.n_left");
+static_assert(offsetof(Mailbox, pong_ns) == 192, "Mailbox.pong_ns");
+static_assert(offsetof(Mailbox, pong) == 200, "Mailbox.pong");
+static_assert(offsetof(Mailbox, leave) == 208, "Mailbox.leave");
+static_assert(offsetof(Mailbox, running) == 212, "Mailbox.running");
+static_assert(offsetof(Mailbox, device_pad) == 216, "Mailbox.device_pad");
 
 // Words that teams share with each other only.
 struct GridState {
@@ -451,7 +523,7 @@ struct Params {
   float* span_max;  // largest score, [max_rows, num_attention_heads, max_spans]
   float* span_sum;  // sum of exp(score - max), the same shape
   float* span_acc;  // weighted V, [max_rows, num_attention_heads, max_spans, head_stride]
-  float* act;  // SiLU(gate) * up, [max_rows, intermediate_size]
+  void* act;  // SiLU(gate) * up, [max_rows, intermediate_size]; bf16 where weights are, else float
   float* rope;  // cosines then sines, [max_rows, 2, head_dim / 2]
   uint64_t* best;  // packed (value, ~token) maxima: keyed sample, argmax; [max_rows, 2]
   float* logits;  // null, or [max_len, vocab_size] by position, of slot 0 (tests)
@@ -482,7 +554,13 @@ struct Params {
   int32_t* page_table;  // [max_slots, max_slot_pages]
   int32_t* free_pages;  // a stack, [n_pages]
   int32_t* page_owner;  // slot, or -1: free; [n_pages]
+  FlightEntry* flight;  // null, or the flight recorder, [teams, kFlightEntries]
+  Patch* patches;  // launched from the host: changes of the page table, then of the counts
   uint64_t spin_deadline_ns;  // a wait that lasts longer aborts the loop
+  uint64_t census_ns;  // the first wait of a launch: all teams must have started
+  uint64_t lease_ns;  // a launch leaves after this long with its state kept; 0: never
+  uint64_t idle_ns;  // a launch leaves after this long without work; 0: never
+  uint64_t heartbeat_ns;  // a launch leaves when the host's heartbeat stood still for this long; 0: never
   int32_t version;  // kLayoutVersion
   int32_t max_rows;  // rows of a step at most
   int32_t max_slots;  // requests that run at once
@@ -505,7 +583,7 @@ struct Params {
   int32_t mismatch_stride;  // oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never
   int32_t forced_stride;  // forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0
 };
-static_assert(sizeof(Params) == 440, "Params");
+static_assert(sizeof(Params) == 488, "Params");
 static_assert(offsetof(Params, embed_tokens) == 0, "Params.embed_tokens");
 static_assert(offsetof(Params, lm_head) == 8, "Params.lm_head");
 static_assert(offsetof(Params, norm) == 16, "Params.norm");
@@ -549,28 +627,34 @@ static_assert(offsetof(Params, oracle) == 312, "Params.oracle");
 static_assert(offsetof(Params, page_table) == 320, "Params.page_table");
 static_assert(offsetof(Params, free_pages) == 328, "Params.free_pages");
 static_assert(offsetof(Params, page_owner) == 336, "Params.page_owner");
-static_assert(offsetof(Params, spin_deadline_ns) == 344, "Params.spin_deadline_ns");
-static_assert(offsetof(Params, version) == 352, "Params.version");
-static_assert(offsetof(Params, max_rows) == 356, "Params.max_rows");
-static_assert(offsetof(Params, max_slots) == 360, "Params.max_slots");
-static_assert(offsetof(Params, max_len) == 364, "Params.max_len");
-static_assert(offsetof(Params, max_spans) == 368, "Params.max_spans");
-static_assert(offsetof(Params, max_slot_pages) == 372, "Params.max_slot_pages");
-static_assert(offsetof(Params, n_pages) == 376, "Params.n_pages");
-static_assert(offsetof(Params, n_eos_ids) == 380, "Params.n_eos_ids");
-static_assert(offsetof(Params, scratch_floats) == 384, "Params.scratch_floats");
-static_assert(offsetof(Params, submission_capacity) == 388, "Params.submission_capacity");
-static_assert(offsetof(Params, prompt_capacity) == 392, "Params.prompt_capacity");
-static_assert(offsetof(Params, event_capacity) == 396, "Params.event_capacity");
-static_assert(offsetof(Params, step_capacity) == 400, "Params.step_capacity");
-static_assert(offsetof(Params, prefill_chunk) == 404, "Params.prefill_chunk");
-static_assert(offsetof(Params, block) == 408, "Params.block");
-static_assert(offsetof(Params, proposer) == 412, "Params.proposer");
-static_assert(offsetof(Params, acceptance) == 416, "Params.acceptance");
-static_assert(offsetof(Params, ngram_min) == 420, "Params.ngram_min");
-static_assert(offsetof(Params, ngram_max) == 424, "Params.ngram_max");
-static_assert(offsetof(Params, mismatch_stride) == 428, "Params.mismatch_stride");
-static_assert(offsetof(Params, forced_stride) == 432, "Params.forced_stride");
+static_assert(offsetof(Params, flight) == 344, "Params.flight");
+static_assert(offsetof(Params, patches) == 352, "Params.patches");
+static_assert(offsetof(Params, spin_deadline_ns) == 360, "Params.spin_deadline_ns");
+static_assert(offsetof(Params, census_ns) == 368, "Params.census_ns");
+static_assert(offsetof(Params, lease_ns) == 376, "Params.lease_ns");
+static_assert(offsetof(Params, idle_ns) == 384, "Params.idle_ns");
+static_assert(offsetof(Params, heartbeat_ns) == 392, "Params.heartbeat_ns");
+static_assert(offsetof(Params, version) == 400, "Params.version");
+static_assert(offsetof(Params, max_rows) == 404, "Params.max_rows");
+static_assert(offsetof(Params, max_slots) == 408, "Params.max_slots");
+static_assert(offsetof(Params, max_len) == 412, "Params.max_len");
+static_assert(offsetof(Params, max_spans) == 416, "Params.max_spans");
+static_assert(offsetof(Params, max_slot_pages) == 420, "Params.max_slot_pages");
+static_assert(offsetof(Params, n_pages) == 424, "Params.n_pages");
+static_assert(offsetof(Params, n_eos_ids) == 428, "Params.n_eos_ids");
+static_assert(offsetof(Params, scratch_floats) == 432, "Params.scratch_floats");
+static_assert(offsetof(Params, submission_capacity) == 436, "Params.submission_capacity");
+static_assert(offsetof(Params, prompt_capacity) == 440, "Params.prompt_capacity");
+static_assert(offsetof(Params, event_capacity) == 444, "Params.event_capacity");
+static_assert(offsetof(Params, step_capacity) == 448, "Params.step_capacity");
+static_assert(offsetof(Params, prefill_chunk) == 452, "Params.prefill_chunk");
+static_assert(offsetof(Params, block) == 456, "Params.block");
+static_assert(offsetof(Params, proposer) == 460, "Params.proposer");
+static_assert(offsetof(Params, acceptance) == 464, "Params.acceptance");
+static_assert(offsetof(Params, ngram_min) == 468, "Params.ngram_min");
+static_assert(offsetof(Params, ngram_max) == 472, "Params.ngram_max");
+static_assert(offsetof(Params, mismatch_stride) == 476, "Params.mismatch_stride");
+static_assert(offsetof(Params, forced_stride) == 480, "Params.forced_stride");
 
 #if defined(XL_VOCAB_SIZE)
 // The model's dimensions as compile-time constants, from -D definitions (see toolchain.dims_defines).

@@ -11,10 +11,11 @@ XL_FN void phase_down(Team& team, const Grid& grid, const Params& p, const Dims&
   using W = typename Dims::Weight;
   const int ffn = d.intermediate_size;
   const RowMajor<W> matrix(p.layers[layer].down_proj, ffn);
+  const auto* act = static_cast<const Activation<W>*>(p.act);
   const float* bias = p.layers[layer].down_bias;
   const Range units = grid.share(team, d.hidden_size, Team::tile > 8 ? Team::tile : 8);
   dot_tiles<1>(
-      team, [&](int, int n) { return matrix.row(n); }, units.begin, units.end, p.act, ffn, ffn, p.step->n_rows,
+      team, [&](int, int n) { return matrix.row(n); }, units.begin, units.end, act, ffn, ffn, p.step->n_rows,
       [&](int n, int width, int r, auto& values) {
         if (team.lane() != 0) return;
         add_bias(values[0], bias, n, width);

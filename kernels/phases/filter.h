@@ -175,6 +175,7 @@ XL_FN void phase_filter(Team& team, const Grid& grid, const Params& p, const Dim
     if (!slot.filtered) continue;
     const size_t at = size_t(s) * size_t(d.vocab_size);
     const uint64_t greedy = p.best[2 * s + 1];
+    uint64_t keyed = greedy;
     if (slot.n_logprobs >= 0)
       find_logprobs(team, p.raw + at, d.vocab_size, slot.n_logprobs, p.row_logprobs[s], &bins[kDigits]);
     if (slot.temperature > 0.0f && greedy != 0) {
@@ -182,11 +183,13 @@ XL_FN void phase_filter(Team& team, const Grid& grid, const Params& p, const Dim
       const float* logits = p.processed + at;
       const float largest = logits[unpack_token(greedy)];
       const uint32_t threshold = filter_threshold(team, logits, d.vocab_size, rule, bins);
-      const uint64_t best = keyed_best(team, logits, d.vocab_size, rule, largest, threshold, slot.seed, row.position + 1,
-                                       &bins[kDigits]);
-      if (team.thread() == 0) p.best[2 * s] = best;
-    } else if (team.thread() == 0) {
-      p.best[2 * s] = greedy;
+      keyed = keyed_best(team, logits, d.vocab_size, rule, largest, threshold, slot.seed, row.position + 1, &bins[kDigits]);
+    }
+    if (team.thread() != 0) continue;
+    p.best[2 * s] = keyed;
+    if (slot.n_logprobs >= 0 && unpack_token(keyed) >= 0 && unpack_token(greedy) >= 0) {
+      p.row_logprobs[s].keyed = p.raw[at + size_t(unpack_token(keyed))];
+      p.row_logprobs[s].greedy = p.raw[at + size_t(unpack_token(greedy))];
     }
   }
 }

@@ -9,12 +9,13 @@ namespace xl {
 template <class Team, class Dims>
 XL_FN void phase_gate_up(Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
   using W = typename Dims::Weight;
+  using A = Activation<W>;
   const LayerWeights& weights = p.layers[layer];
   const int hidden = d.hidden_size, ffn = d.intermediate_size;
   const RowMajor<W> gate(weights.gate_proj, hidden), up(weights.up_proj, hidden);
-  const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden, n_rows);
+  const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden * sizeof(A), n_rows);
   const Range units = grid.share(team, ffn, Team::tile > 4 ? Team::tile : 4);
-  float* normed = team.scratch();
+  A* normed = reinterpret_cast<A*>(team.scratch());
   for (int first = 0; first < n_rows; first += tile) {
     const int count = n_rows - first < tile ? n_rows - first : tile;
     stage_normed(
@@ -26,8 +27,8 @@ XL_FN void phase_gate_up(Team& team, const Grid& grid, const Params& p, const Di
           if (team.lane() != 0) return;
           add_bias(values[0], weights.gate_bias, n, width);
           add_bias(values[1], weights.up_bias, n, width);
-          float* act = p.act + size_t(first + r) * ffn + n;
-          for (int j = 0; j < width; ++j) act[j] = silu(values[0][j]) * values[1][j];
+          A* act = static_cast<A*>(p.act) + size_t(first + r) * ffn + n;
+          for (int j = 0; j < width; ++j) narrow(silu(values[0][j]) * values[1][j], &act[j]);
         });
     team.sync();  // the next tile overwrites `normed`
   }

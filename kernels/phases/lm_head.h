@@ -13,12 +13,13 @@ namespace xl {
 template <class Team, class Dims>
 XL_FN void phase_lm_head(Team& team, const Grid& grid, const Params& p, const Dims& d, int) {
   using W = typename Dims::Weight;
+  using A = Activation<W>;
   const int hidden = d.hidden_size, n_sampled = p.step->n_sample_rows;
   const RowMajor<W> matrix(p.lm_head, hidden);
-  const int per_row = hidden + Team::warps * 4;  // floats: a normed row, and two 64-bit maxima for each warp
+  const size_t per_row = hidden * sizeof(A) + Team::warps * 2 * sizeof(uint64_t);  // a normed row, each warp's two maxima
   const int tile = rows_that_fit(p, per_row, n_sampled);
   const Range units = grid.share(team, d.vocab_size, Team::tile > 8 ? Team::tile : 8);
-  float* normed = team.scratch();
+  A* normed = reinterpret_cast<A*>(team.scratch());
   for (int first = 0; first < n_sampled; first += tile) {
     const int count = n_sampled - first < tile ? n_sampled - first : tile;
     uint64_t* best = reinterpret_cast<uint64_t*>(normed + size_t(count) * hidden) + size_t(team.warp()) * count * 2;

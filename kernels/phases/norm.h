@@ -8,8 +8,8 @@ namespace xl {
 
 // out[r] = x(r) / sqrt(mean(x(r)^2) + eps) * weight, r < count. x(r): [n]; out: scratch, [count, n]. Every team does it for
 // itself. Ends with a team barrier.
-template <class Team, class Source>
-XL_FN void stage_normed(Team& team, Source x, const float* weight, float eps, int n, int count, float* out) {
+template <class Team, class Source, class A>
+XL_FN void stage_normed(Team& team, Source x, const float* weight, float eps, int n, int count, A* out) {
   using Chunk = typename Team::Chunk;
   const int lane = team.lane();
   for (int r = team.warp(); r < count; r += Team::warps) {
@@ -26,9 +26,9 @@ XL_FN void stage_normed(Team& team, Source x, const float* weight, float eps, in
   team.sync();
 }
 
-// Rows that fit the team's scratch at once, when a row takes `floats` of it.
-XL_FN int rows_that_fit(const Params& p, int floats, int rows) {
-  const int fit = p.scratch_floats / floats;
+// Rows that fit the team's scratch at once, when a row takes so many bytes of it.
+XL_FN int rows_that_fit(const Params& p, size_t bytes, int rows) {
+  const int fit = int(size_t(p.scratch_floats) * sizeof(float) / bytes);
   return fit < rows ? fit : rows;
 }
 

@@ -9,8 +9,8 @@ namespace xl {
 
 // out[r, head, :] = sum over spans of acc * exp(max - largest max), over the sum of the same weights times sum. Spans in
 // ascending order. Every team does it for itself. Ends with a team barrier.
-template <class Team, class Dims>
-XL_FN void stage_merged(Team& team, const Params& p, const Dims& d, int first, int count, float* out) {
+template <class Team, class Dims, class A>
+XL_FN void stage_merged(Team& team, const Params& p, const Dims& d, int first, int count, A* out) {
   using Chunk = typename Team::Chunk;
   const int heads = d.num_attention_heads;
   for (int item = team.warp(); item < count * heads; item += Team::warps) {
@@ -37,12 +37,13 @@ XL_FN void stage_merged(Team& team, const Params& p, const Dims& d, int first, i
 template <class Team, class Dims>
 XL_FN void phase_output(Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
   using W = typename Dims::Weight;
+  using A = Activation<W>;
   const int width = d.num_attention_heads * d.head_dim;
   const RowMajor<W> matrix(p.layers[layer].o_proj, width);
-  const int n_rows = p.step->n_rows, tile = rows_that_fit(p, width, n_rows);
+  const int n_rows = p.step->n_rows, tile = rows_that_fit(p, width * sizeof(A), n_rows);
   const float* bias = p.layers[layer].o_bias;
   const Range units = grid.share(team, d.hidden_size, Team::tile > 8 ? Team::tile : 8);
-  float* merged = team.scratch();
+  A* merged = reinterpret_cast<A*>(team.scratch());
   for (int first = 0; first < n_rows; first += tile) {
     const int count = n_rows - first < tile ? n_rows - first : tile;
     stage_merged(team, p, d, first, count, merged);

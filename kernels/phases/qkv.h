@@ -10,12 +10,13 @@ namespace xl {
 template <class Team, class Dims>
 XL_FN void phase_qkv(Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
   using W = typename Dims::Weight;
+  using A = Activation<W>;
   const LayerWeights& weights = p.layers[layer];
   const int hidden = d.hidden_size, half = d.head_dim / 2;
   const int q_heads = d.num_attention_heads, kv_heads = d.num_key_value_heads;
-  const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden, n_rows);
+  const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden * sizeof(A), n_rows);
   const Range units = grid.share(team, (q_heads + 2 * kv_heads) * half, Team::tile > 4 ? Team::tile : 4);
-  float* normed = team.scratch();
+  A* normed = reinterpret_cast<A*>(team.scratch());
   for (int first = 0; first < n_rows; first += tile) {
     const int count = n_rows - first < tile ? n_rows - first : tile;
     stage_normed(

@@ -61,6 +61,18 @@ XL_FN void pause_cpu() {
 #endif
 }
 
+// Subnormal floats count as zero on this thread from now on, as vdpbf16ps and GPUs have them: else equal products of bf16 would
+// differ between machines with the instruction and without.
+XL_FN void flush_subnormals() {
+#if defined(__x86_64__)
+  __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040u);
+#elif defined(__aarch64__)
+  uint64_t control;
+  asm volatile("mrs %0, fpcr" : "=r"(control));
+  asm volatile("msr fpcr, %0" ::"r"(control | uint64_t(1) << 24));
+#endif
+}
+
 // One turn of a spin: pauses first, then gives the core away, then sleeps, so that more threads than cores still progress.
 XL_FN void relax(int& turns) {
 #if defined(XL_RACE)

@@ -1,4 +1,4 @@
-// The CUDA platform: a team is a thread block of 256 threads in warps of 32; a lane holds one virtual lane.
+// The CUDA platform: a team is a thread block of kGpuThreads in warps of kGpuLanes; a lane holds one virtual lane.
 #pragma once
 
 #define XL_FN __device__ __forceinline__
@@ -86,7 +86,7 @@ XL_FN float from_half(uint16_t bits) {
 
 namespace xl {
 
-// Eight consecutive weights as floats, by 16-byte loads. Plain loads: K rows of KV pages, written during the launch, come
+// Eight consecutive elements as floats, by 16-byte loads. Plain loads: K rows of KV pages, written during the launch, come
 // through here too.
 XL_FN void load8(const bf16* from, float (&to)[8]) {
   const uint4 raw = *reinterpret_cast<const uint4*>(from);
@@ -122,7 +122,7 @@ XL_FN void load8(const float* from, float (&to)[8]) {
 template <int Threads, int Lanes>
 struct CudaTeam {
   static constexpr int threads = Threads, lanes = Lanes, warps = Threads / Lanes;
-  static constexpr int tile = 1, block = 1, rows = 4;
+  static constexpr int tile = 1, block = 1, rows = 4, panel_rows = 0;
   using Chunk = LaneChunk<Lanes>;
 
   float* scratch_;     // dynamic shared memory
@@ -142,8 +142,8 @@ struct CudaTeam {
   XL_FN int* shared_ints() { return shared_ints_; }
 
   // Lane l sums elements 256 c + 8 l .. + 7 in ascending order, then the tree: an order that depends on k alone.
-  template <int R, class W>
-  XL_FN void dot(const W* w, const float* x, int stride, int k, float (&out)[R]) {
+  template <int R, class W, class A>
+  XL_FN void dot(const W* w, const A* x, int stride, int k, float (&out)[R]) {
     Chunk acc[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) acc[r] = Chunk::all(0.0f);
@@ -162,14 +162,14 @@ struct CudaTeam {
     for (int r = 0; r < R; ++r) out[r] = acc[r].sum(*this);
   }
 
-  template <int N, int R, class W>
-  XL_FN void dot_block(const W* (&w)[N], const float* x, int stride, int k, float (&out)[N][R]) {
+  template <int N, int R, class W, class A>
+  XL_FN void dot_block(const W* const (&w)[N], const A* x, int stride, int k, float (&out)[N][R]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) dot<R>(w[j], x, stride, k, out[j]);
   }
 };
 
-using Team = CudaTeam<256, 32>;
+using Team = CudaTeam<kGpuThreads, kGpuLanes>;
 
 // This block as a team. `scratch`: its dynamic shared memory.
 XL_FN Team this_team(float* scratch) {

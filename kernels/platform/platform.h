@@ -10,10 +10,16 @@
 //   add(word, v), raise(word, v)           integer sum, maximum into a word that the team shares; no order
 //   scratch()                              memory that the team shares, Params.scratch_floats floats
 //   shared_ints()                          `threads` ints that the team shares
-//   Chunk                                  this lane's part of 32 consecutive elements: load, store, fma, sum, max, ...
-//   tile, block, rows                      shape of a multiply: units of work at a time, weight rows and activations in registers
-//   dot_block<N, R>(w, x, stride, k, out)  out[j][r] = w[j] . x[r], j < N, in the order of dot
-//   dot<R>(w, x, stride, k, out)           out[r] = w[0..k) . x[r * stride ..]; k a multiple of 32; a whole warp
+//   Chunk, Pairs                           this lane's part of 32 consecutive elements (load, store, fma, sum, ...), of 64 bf16
+//   tile, block                            units of work a multiply takes at a time, weight rows in registers or in the cache
+//   rows, panel_rows                       activations in registers; the most that a panel takes, 0: there is no dot_panel
+//   dot_block<N, R>(w, x, stride, k, out)  out[j][r] = w[j][0..k) . x[r * stride ..], j < N; k a multiple of 32; a whole warp
+//   panel_of(w, x)                         Panel of these types: weight rows of a panel, the most activations it takes, packed or not
+//   pack(x, stride, k, count)              activations as dot_panel of a packed Panel takes them, until the next call
+//   dot_panel(w, x, stride, k, count, next, out, out_stride)  the same for `count` rows
+//
+// A multiply of bf16 weights by bf16 activations sums pairs (LanePairs) or products of tiles (host_amx.h); any other widens both
+// to float.
 //
 // Free functions: load_acquire (device scope), load_acquire_system, store_release_system (words that the
 // host writes or reads), add_release, max_relaxed, claim, clock_ns, relax (one turn of a spin), fma_, sqrt_.

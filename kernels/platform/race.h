@@ -36,8 +36,9 @@ struct RaceShared {
 template <int Threads, int Lanes>
 struct RaceTeam {
   static constexpr int threads = Threads, lanes = Lanes, warps = Threads / Lanes;
-  static constexpr int tile = 4, block = 2, rows = 2;  // others than anywhere else
+  static constexpr int tile = 4, block = 2, rows = 2, panel_rows = 0;  // others than anywhere else
   using Chunk = LaneChunk<Lanes>;
+  using Pairs = LanePairs<Lanes>;
   using Shared = RaceShared<Threads, Lanes>;
 
   Shared* shared;
@@ -67,14 +68,9 @@ struct RaceTeam {
   float* scratch() { return shared->scratch; }
   int* shared_ints() { return shared->ints; }
 
-  template <int R, class W>
-  void dot(const W* w, const float* x, int stride, int k, float (&out)[R]) {
-    dot_by_chunks<R>(*this, w, x, stride, k, out);
-  }
-
-  template <int N, int R, class W>
-  void dot_block(const W* (&w)[N], const float* x, int stride, int k, float (&out)[N][R]) {
-    block_by_chunks<N, R>(*this, w, x, stride, k, out);
+  template <int N, int R, class W, class A>
+  void dot_block(const W* const (&w)[N], const A* x, int stride, int k, float (&out)[N][R]) {
+    block_by_chunks(*this, w, x, stride, k, out);
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ring.h"
+#include "sampling.h"
 #include "stages/kv.h"
 
 namespace xl {
@@ -61,13 +62,14 @@ XL_FN void finish_slot(const Grid& grid, const Params& p, int page_size, int slo
 }
 
 // Beside the event that is about to be written: the logprobs of the i-th emitted token, from the row that it was sampled in.
-XL_FN void write_logprobs(const Params& p, int vocab_size, const Slot& slot, int i, int token) {
+// An emitted token is the row's keyed sample or its argmax.
+XL_FN void write_logprobs(const Params& p, const Slot& slot, int i, int token) {
   if (slot.n_logprobs < 0) return;
   const int first = slot.state == int(SlotState::kDecode) ? slot.row_begin : slot.row_begin + slot.row_count - 1;
   const int sampled = p.rows[first + i].sample_row;
   Logprobs& out = ring_entry(p.logprobs, p.event_capacity, p.state->event_tail);
   out = p.row_logprobs[sampled];
-  out.token = p.raw[size_t(sampled) * size_t(vocab_size) + size_t(token)] - out.log_sum;
+  out.token = (token == unpack_token(p.best[2 * size_t(sampled)]) ? out.keyed : out.greedy) - out.log_sum;
 }
 
 // Commits what verification emitted for one slot. `record` gathers the step's counts. True: the request has finished.
@@ -86,7 +88,7 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
     if (token >= 0) {
       tokens[slot.length++] = token;
       if (slot.penalized) ++p.counts[size_t(slot_id) * size_t(d.vocab_size) + size_t(token)];
-      write_logprobs(p, d.vocab_size, slot, i, token);
+      write_logprobs(p, slot, i, token);
       Event event = {};
       event.request_id = slot.request_id;
       event.step = p.step->step;

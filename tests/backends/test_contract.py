@@ -1,16 +1,19 @@
-"""What every backend promises to the engine, on the CPU backend's two orchestrations."""
+"""What every backend promises to the engine: the CPU's two orchestrations, and the GPU's three backends."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from collections.abc import Iterator
 
+import kinds
 import pytest
 from drive import CACHE, Output, finish, gather
 
 from xlpk.backend import StepDone
 from xlpk.backends.cpu import CpuBackend
+from xlpk.backends.submitter import Submitter
 from xlpk.errors import BackendError, InputError
 from xlpk.kv import KV, KVPlan
 from xlpk.model import Model, load_model
@@ -22,17 +25,22 @@ def model() -> Model:
     return load_model("tiny")
 
 
-@pytest.fixture(params=["persistent", "launched"])
-def backend(request: pytest.FixtureRequest, model: Model):  # type: ignore[no-untyped-def]
-    made = CpuBackend(cache=CACHE, orchestration=request.param, max_num_seqs=4, max_step_rows=16, prefill_chunk=8)
-    made.open(model, KVPlan.make(KV(budget="64pages"), model.config, model.weights.dtype, 512))
-    yield made
-    made.close()
+@pytest.fixture(params=["cpu-persistent", "cpu-launched", *kinds.HEAVY_GPU])
+def backend(request: pytest.FixtureRequest, model: Model) -> Iterator[Submitter]:
+    kind, _, orchestration = request.param.partition("-")
+    with kinds.on(kind):
+        made = kinds.make(orchestration=orchestration, max_num_seqs=4, max_step_rows=16, prefill_chunk=8)
+        try:
+            made.open(model, KVPlan.make(KV(budget="64pages"), model.config, model.weights.dtype, 512))
+            yield made
+        finally:
+            made.close()
 
 
-def test_100_tokens_arrive_while_python_sleeps(model: Model) -> None:
+@pytest.mark.parametrize("kind", ["cpu", *kinds.HEAVY_GPU[:1]], indirect=True)
+def test_100_tokens_arrive_while_python_sleeps(model: Model, kind: str) -> None:
     """The loop needs no host between submission and completion: nobody calls into it until all is done."""
-    backend = CpuBackend(cache=CACHE, orchestration="persistent")
+    backend = kinds.make(orchestration="persistent")
     backend.open(model, KVPlan.make(KV(), model.config, model.weights.dtype, 512))
     try:
         assert backend.submit(Request(0, (10, 20, 30), 100, ignore_eos=True))
@@ -48,17 +56,27 @@ def test_100_tokens_arrive_while_python_sleeps(model: Model) -> None:
         backend.close()
 
 
-def test_counts_of_launches_and_syncs(backend: CpuBackend, model: Model) -> None:
-    result = finish(backend, [Request(0, (1, 2, 3), 10, ignore_eos=True)])
+def test_counts_of_launches_and_syncs(backend: Submitter, model: Model) -> None:
+    result = finish(backend, [Request(0, (1, 2, 3), 20, ignore_eos=True)])
     report = backend.close()
-    if backend.orchestration == "persistent":
-        assert (report.launches, report.syncs) == (1, 1)
-    else:
-        phases = 2 + 5 * model.config.num_hidden_layers
-        assert (report.launches, report.syncs) == (len(result.steps) * phases, len(result.steps) + 1)
+    steps, phases = len(result.steps), 2 + 5 * model.config.num_hidden_layers
+    patched = 1  # the second page of 16 tokens changes the page table; the first one is page 0, as in a table of zeros
+    launches = {
+        ("cpu", "persistent"): 1,
+        ("cpu", "launched"): steps * phases,
+        ("persistent", "persistent"): 1,
+        ("launched", "launched"): steps * phases + patched,
+        ("graph", "graph"): steps,
+    }
+    resident = backend.orchestration == "persistent"
+    assert report.launches == launches[backend.name, backend.orchestration]
+    assert report.syncs == (1 if resident else steps + 1)
+    copies = 0 if resident or backend.name == "cpu" else steps
+    assert (report.h2d_copies, report.d2h_copies) == (copies, copies)
+    assert (report.h2d_bytes > 0) == (report.d2h_bytes > 0) == (copies > 0)
 
 
-def test_many_requests_each_ends_once(backend: CpuBackend) -> None:
+def test_many_requests_each_ends_once(backend: Submitter) -> None:
     requests = [Request(i, tuple(range(1, 3 + i % 20)), 1 + i % 9, seed=i, temperature=0.5) for i in range(300)]
     result = finish(backend, requests)
     assert all(output.reason in ("length", "eos") for output in result.outputs.values())
@@ -68,9 +86,9 @@ def test_many_requests_each_ends_once(backend: CpuBackend) -> None:
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-def test_two_threads(model: Model) -> None:
+def test_two_threads(model: Model, kind: str) -> None:
     """One submits while another polls."""
-    backend = CpuBackend(cache=CACHE, max_num_seqs=4, max_step_rows=16)
+    backend = kinds.make(max_num_seqs=4, max_step_rows=16)
     backend.open(model, KVPlan.make(KV(budget="64pages"), model.config, model.weights.dtype, 256))
     requests = [Request(i, (5, 6, 7, 8 + i % 7), 6, ignore_eos=True) for i in range(60)]
     outputs, steps = {i: Output() for i in range(60)}, []
@@ -94,7 +112,7 @@ def test_two_threads(model: Model) -> None:
     assert {len(output.tokens) for output in outputs.values()} == {6}
 
 
-def test_cancel(backend: CpuBackend) -> None:
+def test_cancel(backend: Submitter) -> None:
     requests = [
         Request(i, (3, 4, 5), 400, ignore_eos=True) for i in range(7)
     ]  # 4 slots; 64 pages hold two of 403 tokens
@@ -126,14 +144,14 @@ def test_cancel(backend: CpuBackend) -> None:
         (Request(1, (1,), 4, oracle=(5000,)), "token id=5000"),
     ],
 )
-def test_refused_requests_leave_the_loop_well(backend: CpuBackend, request_: Request, message: str) -> None:
+def test_refused_requests_leave_the_loop_well(backend: Submitter, request_: Request, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("+", r"\+")):
         backend.submit(request_)
     assert finish(backend, [Request(2, (1, 2), 3, ignore_eos=True)]).outputs[2].reason == "length"
 
 
-def test_more_than_the_budget_is_refused(model: Model) -> None:
-    backend = CpuBackend(cache=CACHE)
+def test_more_than_the_budget_is_refused(model: Model, kind: str) -> None:
+    backend = kinds.make()
     backend.open(model, KVPlan.make(KV(budget="4pages"), model.config, model.weights.dtype, 512))
     try:
         with pytest.raises(InputError, match=r"kv\.budget=4 pages: request 0 needs 5 pages of 16 tokens"):
@@ -143,13 +161,14 @@ def test_more_than_the_budget_is_refused(model: Model) -> None:
         backend.close()
 
 
-def test_close_is_idempotent_and_stops_a_running_request(backend: CpuBackend) -> None:
+def test_close_is_idempotent_and_stops_a_running_request(backend: Submitter) -> None:
     backend.submit(Request(0, (1, 2, 3), 500))
     backend.poll()
     running = len(os.listdir("/proc/self/task"))
     backend.close()
     assert backend.close() is backend.close()
-    assert len(os.listdir("/proc/self/task")) == running - backend.threads
+    if isinstance(backend, CpuBackend):
+        assert len(os.listdir("/proc/self/task")) == running - backend.threads
 
 
 @pytest.mark.parametrize(
@@ -165,9 +184,10 @@ def test_refused_options(options: dict[str, object], message: str) -> None:
     assert str(refused.value) == message
 
 
-def test_a_broken_invariant_ends_the_loop_with_its_name(model: Model) -> None:
+@pytest.mark.parametrize("kind", ["cpu", *kinds.HEAVY_GPU[1:]], indirect=True)
+def test_a_broken_invariant_ends_the_loop_with_its_name(model: Model, kind: str) -> None:
     """A page that is owned already is about to be given away: the loop stops and says so."""
-    backend = CpuBackend(cache=CACHE, orchestration="launched")
+    backend = kinds.make(orchestration="launched")
     backend.open(model, KVPlan.make(KV(budget="64pages"), model.config, model.weights.dtype, 512))
     try:
         assert backend._memory is not None
@@ -180,7 +200,7 @@ def test_a_broken_invariant_ends_the_loop_with_its_name(model: Model) -> None:
         backend.close()
 
 
-def test_steps_account_for_every_page_and_token(backend: CpuBackend) -> None:
+def test_steps_account_for_every_page_and_token(backend: Submitter) -> None:
     result = finish(backend, [Request(i, tuple(range(1, 30)), 20, ignore_eos=True) for i in range(6)])
     for step in result.steps:
         assert isinstance(step, StepDone)

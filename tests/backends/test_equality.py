@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kinds
 import numpy as np
 import pytest
 from checkpoints import make_case
@@ -16,6 +17,11 @@ from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
 from xlpk.workload import Request
 
 NAMES = ("gqa", "head128", "head80", "biases_fp16")
+ON_GPU = ("gqa", "biases_fp16")  # a cubin a model
+CASES = [
+    *((name, "cpu") for name in NAMES),
+    *(pytest.param((name, kind), marks=pytest.mark.heavy) for kind in kinds.GPU for name in ON_GPU),
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +29,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return {name: load_model(name, make_case(tmp_path_factory.mktemp(name), name)) for name in NAMES}
 
 
-@pytest.fixture(params=NAMES)
-def model(request: pytest.FixtureRequest, models: dict[str, Model]) -> Model:
-    return models[request.param]
+@pytest.fixture(params=CASES, ids="-".join)
+def model(request: pytest.FixtureRequest, models: dict[str, Model]) -> Iterator[Model]:
+    """Each model on each kind of backend."""
+    name, kind = request.param
+    with kinds.on(kind):
+        yield models[name]
 
 
 def make_requests(model: Model, count: int, *, n: int = 40, temperature: float | None = None) -> list[Request]:
@@ -52,8 +61,15 @@ def alone(model: Model, requests: list[Request], **options: Any) -> dict[int, li
 
 @pytest.fixture(scope="module")
 def serial(models: dict[str, Model]) -> Callable[[Model], dict[int, list[int]]]:
-    known = {name: alone(model, make_requests(model, 5)) for name, model in models.items()}
-    return lambda model: known[model.name]
+    known: dict[tuple[str, str], dict[int, list[int]]] = {}
+
+    def tokens(model: Model) -> dict[int, list[int]]:
+        key = (model.name, kinds.current)
+        if key not in known:
+            known[key] = alone(model, make_requests(model, 5))
+        return known[key]
+
+    return tokens
 
 
 def test_alone_and_batched(model: Model, serial: Callable[[Model], dict[int, list[int]]]) -> None:
@@ -149,6 +165,7 @@ def test_seeds_and_temperature_matter(model: Model) -> None:
     assert len({tuple(greedy), tuple(one), tuple(two)}) == 3
 
 
+@pytest.mark.usefixtures("kind")
 def test_the_tiny_model_speculates_and_stays_itself() -> None:
     model = load_model("tiny")
     tokenizer = model.tokenizer

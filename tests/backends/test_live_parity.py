@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, make_case, make_checkpoint, prompt
+from checkpoints import CASES, make_case, make_checkpoint, prompt, widened
 from drive import run
 
 from xlpk.kv import KV
@@ -38,21 +38,22 @@ def our_logits(model: Model, tokens: list[int], pages: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CASES)
 def test_random_checkpoints(name: str, tmp_path: Path) -> None:
-    folder = make_case(tmp_path, name)
-    model = load_model(name, folder)
+    folder = make_case(tmp_path / "stored", name)
+    model, wide = load_model(name, folder), load_model(name, widened(folder, tmp_path / "widened"))
     tokens = [int(token) for token in prompt(name)]
     exact = forward(model.config, Exact(model.weights), tokens)
     bound = error_bound(model.config, model.weights, tokens).max()
-    assert np.abs(our_logits(model, tokens, "fp32") - torch_logits(folder, tokens, "float32")).max() < 2 * bound
+    assert np.abs(our_logits(wide, tokens, "fp32") - torch_logits(folder, tokens, "float32")).max() < 2 * bound
     peer = np.abs(torch_logits(folder, tokens, "bfloat16") - exact)
     ours = np.abs(our_logits(model, tokens, "bf16") - exact)
     assert ours.max() < 2 * peer.max()
-    assert np.sqrt(np.mean(ours**2)) < np.sqrt(np.mean(peer**2)), "bf16 activations cost more than bf16 pages"
+    assert np.sqrt(np.mean(ours**2)) < np.sqrt(np.mean(peer**2)), "torch rounds every intermediate, not only products'"
 
 
 def test_dynamic_rope_equals_one_pass_of_the_whole_length(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, seed=5, **(CASES["dynamic_rope"] | {"max_position_embeddings": 48}))
-    model = load_model("dynamic", folder)
+    made = CASES["dynamic_rope"] | {"max_position_embeddings": 48}
+    folder = make_checkpoint(tmp_path / "stored", seed=5, **made)
+    model = load_model("dynamic", widened(folder, tmp_path / "widened"))
     tokens = np.random.RandomState(6).randint(0, model.config.vocab_size, 121).tolist()
     result = run(model, [Request(0, tuple(tokens[:120]), 1)], kv=KV(dtype="fp32"), max_len=121, debug_logits=True)
     assert result.logits is not None
@@ -60,25 +61,25 @@ def test_dynamic_rope_equals_one_pass_of_the_whole_length(tmp_path: Path) -> Non
     assert np.abs(result.logits - torch_logits(folder, tokens, "float32")[:120]).max() < 2 * bound
 
 
-def test_the_tiny_model() -> None:
-    model = load_model("tiny")
+def test_the_tiny_model(tmp_path: Path) -> None:
+    model, wide = load_model("tiny"), load_model("wide", widened(TINY, tmp_path))
     assert model.tokenizer is not None
     tokens = model.tokenizer.encode((TINY / "heldout.txt").read_text()[:2000]).ids[:400]
     exact = forward(model.config, Exact(model.weights), tokens)
     bound = error_bound(model.config, model.weights, tokens).max()
-    assert np.abs(our_logits(model, tokens, "fp32") - torch_logits(TINY, tokens, "float32")).max() < 2 * bound
+    assert np.abs(our_logits(wide, tokens, "fp32") - torch_logits(TINY, tokens, "float32")).max() < 2 * bound
     peer = np.abs(torch_logits(TINY, tokens, "bfloat16") - exact)
     ours = np.abs(our_logits(model, tokens, "bf16") - exact)
     assert np.sqrt(np.mean(ours**2)) < np.sqrt(np.mean(peer**2))
 
 
-def test_the_tiny_model_continues_as_transformers_does() -> None:
-    model = load_model("tiny")
+def test_the_tiny_model_continues_as_transformers_does(tmp_path: Path) -> None:
+    model, wide = load_model("tiny"), load_model("wide", widened(TINY, tmp_path))
     assert model.tokenizer is not None
     peer = transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     for text in ("def fibonacci(n):\n", "import os\n\ndef read_file(path):\n"):
         prompt_ids = model.tokenizer.encode(text).ids
-        ours = run(model, [Request(0, tuple(prompt_ids), 48, ignore_eos=True)], kv=KV(dtype="fp32")).tokens[0]
+        ours = run(wide, [Request(0, tuple(prompt_ids), 48, ignore_eos=True)], kv=KV(dtype="fp32")).tokens[0]
         ids = torch.tensor([prompt_ids])
         theirs = peer.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, eos_token_id=None

@@ -7,8 +7,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import kinds
 import pytest
 from checkpoints import make_case
 from drive import CACHE
@@ -18,18 +20,27 @@ from xlpk.speculation import Oracle
 
 def xlpk(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """`python -m xlpk.run` in `folder`, with the builds of other tests at hand."""
-    if CACHE.exists() and not (folder / "outputs" / "cache").exists():
-        shutil.copytree(CACHE, folder / "outputs" / "cache")
+    if not (folder / "outputs" / "cache").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        (folder / "outputs").mkdir(exist_ok=True)
+        (folder / "outputs" / "cache").symlink_to(CACHE)
     done = subprocess.run(
-        [sys.executable, "-m", "xlpk.run", *arguments],
+        [sys.executable, "-m", "xlpk.run", *arguments, *backend_of_kind(arguments)],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
+        env=kinds.environment(),
     )
     assert done.returncode == code, done.stderr
     return done
+
+
+def backend_of_kind(arguments: Iterable[str]) -> tuple[str, ...]:
+    """The override that asks for the current kind of backend, unless there is one; the CPU's is the default."""
+    named = any(argument.startswith("backend=") for argument in arguments)
+    return () if named or kinds.current == "cpu" else (f"backend={kinds.current}",)
 
 
 def only_run(folder: Path) -> Path:
@@ -42,6 +53,7 @@ def events(run: Path, kind: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == kind and not event.get("warmup")]
 
 
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("stops", [(), ("sampling.stop_token_ids=[291,14]",)], ids=["length", "stop ids"])
 def test_forced_rejection_meets_its_formula(tmp_path: Path, stops: tuple[str, ...]) -> None:
     xlpk(tmp_path, "mode=forced_rejection", "spec.block=8", "tracking=none", *stops)
@@ -56,6 +68,7 @@ def test_forced_rejection_meets_its_formula(tmp_path: Path, stops: tuple[str, ..
     assert metrics["spec/acceptance_at.4"] == 0.0, "no verification gets beyond the mismatch"
 
 
+@pytest.mark.usefixtures("kind")
 def test_the_modes_agree_in_text(tmp_path: Path) -> None:
     done = xlpk(
         tmp_path,

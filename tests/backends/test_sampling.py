@@ -6,17 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kinds
 import numpy as np
 import pytest
 from checkpoints import make_case
 from drive import CACHE, Result, finish, run
 
 from xlpk.backend import Token
-from xlpk.backends.cpu import CpuBackend
 from xlpk.kv import KV, KVPlan
 from xlpk.model import Model, load_model
 from xlpk.speculation import Ngram, Oracle
 from xlpk.workload import Request
+
+pytestmark = pytest.mark.usefixtures("kind")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "top_k": {"temperature": 1.0, "top_k": 20},
@@ -80,7 +82,7 @@ def test_a_slot_forgets_the_last_request(model: Model) -> None:
 
 
 def tokens_of(model: Model, requests: list[Request], **options: Any) -> dict[int, list[Token]]:
-    backend = CpuBackend(cache=CACHE, **options)
+    backend = kinds.make(**options)
     backend.open(model, KVPlan.make(KV(budget="256pages"), model.config, model.weights.dtype, 512))
     seen: list[Token] = []
     poll = backend.poll
@@ -153,19 +155,23 @@ def test_stop_strings(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    shutil.copytree(CACHE, tmp_path / "outputs" / "cache")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "cache").symlink_to(CACHE)
 
     def text(*arguments: str) -> tuple[str, dict[str, float], list[dict[str, Any]]]:
         command = [
             sys.executable,
             "-m",
             "xlpk.run",
+            f"backend={kinds.current}",
             "tracking=none",
             "workload.requests=1",
             *arguments,
             "run.json=true",
         ]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, env=kinds.environment()
+        )
         assert done.returncode == 0, done.stderr
         (folder,) = (tmp_path / "outputs" / "runs").glob("*/*")
         words = (folder / "text.txt").read_text().split("completion\n", 1)[1]

@@ -63,7 +63,7 @@ def settings_or_line(overrides: list[str], make: Any) -> None:
         refused = config.explain(error, overrides)
     text = one_line(refused)
     assert text
-    assert "\n" not in text
+    assert text.isprintable(), ascii(text)
     assert len(text) < 1000
     assert refused.field
 
@@ -81,8 +81,8 @@ def known_keys() -> list[str]:
 
 
 def values() -> Any:
-    printable = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8)
-    return st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(repr) | printable
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    return st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(repr) | text
 
 
 @cases(80)

@@ -16,9 +16,12 @@ from fuzz.profile import cases, fixed, result_or_line
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xlpk.generation import read_generation_config
 from xlpk.metrics import compute, read_events, series
 from xlpk.model import read_config
-from xlpk.weights import FILE_BITS, INDEX, SINGLE, Weights, check_header
+from xlpk.safetensors_file import FILE_BITS, INDEX, SINGLE, check_header
+from xlpk.weights import Weights
+from xlpk.workload import Sampling, check_sampling
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -228,6 +231,24 @@ def test_config_files(tmp_path: Path, cases: int) -> None:
                 assert np.isfinite(np.float32(value))
                 assert np.float32(value) > 0
             assert config.head_dim > 256 or np.isfinite(config.inv_freq()).all()
+
+    check()
+
+
+@cases(600)
+def test_generation_configs(tmp_path: Path, cases: int) -> None:
+    good = {"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
+    good |= {"max_new_tokens": 9, "eos_token_id": [1, 2]}
+    numbers = st.floats() | INTEGERS | st.sampled_from([10**400, 1e-320, 1e39, float("nan"), float("inf")])
+    changes = st.dictionaries(st.sampled_from(sorted(good)) | TEXTS, numbers | JSONS, max_size=3)
+
+    @fixed(cases)
+    @given(changes, st.none() | st.integers(0, 200))
+    def check(change: dict[str, Any], cut: int | None) -> None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({**good, **change})[:cut])
+        generation = result_or_line(lambda: read_generation_config(tmp_path))
+        if generation is not None:
+            check_sampling(Sampling().filled(generation)[0], 8)  # what was read is what a config may say
 
     check()
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from xlpk.errors import InputError
+from xlpk.errors import InputError, shown
 from xlpk.kv import KV, KVPlan
 from xlpk.model import SHAPES
 
@@ -64,6 +64,10 @@ def test_layers_and_heads_count() -> None:
         ({"budget": "0pages"}, "kv.budget"),
         ({"budget": "64"}, "kv.budget"),
         ({"budget": "lots"}, "kv.budget"),
+        ({"budget": "9" * 400 + "GiB"}, "kv.budget"),
+        ({"budget": "9" * 5000 + "pages"}, "kv.budget"),
+        ({"budget": "\u0663pages"}, "kv.budget"),
+        ({"budget": "1" * 20 + "GiB"}, "kv.budget"),
         ({"budget": "1KiB"}, "kv.budget"),
         ({"budget": "99999999999pages"}, "kv.budget"),
         ({"page_size": 0}, "kv.page_size"),
@@ -77,5 +81,6 @@ def test_refusals_name_the_field(values: dict[str, object], field: str) -> None:
     with pytest.raises(InputError) as refused:
         plan(**values)
     assert refused.value.field == field
-    assert str(refused.value).startswith(f"{field}={next(iter(values.values()))}: ")
+    assert str(refused.value).startswith(f"{field}={shown(next(iter(values.values())))}: ")
+    assert len(str(refused.value)) < 300
     assert "\n" not in str(refused.value)

@@ -12,18 +12,21 @@ import xlpk
 
 ROOT = Path(xlpk.__file__).parent
 LEVELS = {
-    0: "errors layout units models kernels",
-    1: "model weights text quant kv speculation workload metrics reference",
+    0: "errors layout units dtypes jsonfile models kernels",
+    1: "model hf_config generation rope weights hash_weights safetensors_file text quant kv speculation workload "
+    "metrics reference",
     2: "settings simulator backend toolchain stopping",
     3: "backends",
     4: "engine tracking report record",
-    5: "config run cli conf bench",
+    5: "config run isolate cli conf doctor bench bench_child bench_report",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 ONLY_IN = {  # library -> modules that may import it
     "mlflow": {"tracking"},
     "torch": {"backends"},
     "transformers": {"backends"},
+    "llama_cpp": {"backends"},
+    "gguf": {"backends"},
     "pycuda": {"backends"},
     "hydra": {"config", "run", "report"},
     "rich": {"run", "report"},

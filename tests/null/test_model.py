@@ -12,7 +12,8 @@ import pytest
 from checkpoints import CASES, llama3, make_case, make_checkpoint
 
 from xlpk.errors import InputError
-from xlpk.model import SHAPES, DynamicRope, LinearRope, Llama3Rope, ModelConfig, load_model, read_config
+from xlpk.model import SHAPES, ModelConfig, load_model, read_config
+from xlpk.rope import DynamicRope, LinearRope, Llama3Rope
 from xlpk.weights import Weights
 
 SMALL: dict[str, Any] = {

@@ -105,6 +105,16 @@ def test_the_wheel_is_the_last_resort(monkeypatch: pytest.MonkeyPatch, tmp_path:
         toolchain.find_cxx()
 
 
+def test_nvcc_of_the_path_comes_before_that_of_the_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    of_wheels, on_path = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc", tmp_path / "bin" / "nvcc"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    for nvcc in (of_wheels, on_path):
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+        assert toolchain.find_nvcc() == str(nvcc)
+
+
 def test_ptxas_reports_are_read() -> None:
     one, two = toolchain.parse_ptxas(PTXAS)
     assert (one.name, one.registers, one.spill_store_bytes, one.spill_load_bytes, one.stack_bytes) == (

@@ -93,7 +93,7 @@ def test_read_back(outputs: Path, tmp_path: Path) -> None:
         "spec.num_speculative_tokens": "1",
         "kv.page_size": "16",
         "model.effective_max_len": "500",
-        "sampling.temperature": "0.0",
+        "sampling.effective_temperature": "0.0",
         "workload.effective_requests": "4",
         "tracking.name": "none",
     }

@@ -17,20 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from xlpk.dtypes import NUMPY_DTYPE, bf16_decode, bf16_encode, first_nonfinite
 from xlpk.errors import InputError
+from xlpk.hash_weights import HASH_SCALE, hash_tensor, philox4x32, tensor_id
 from xlpk.model import ModelConfig, load_model, read_config
-from xlpk.weights import (
-    HASH_SCALE,
-    INDEX,
-    SINGLE,
-    Weights,
-    bf16_decode,
-    bf16_encode,
-    check_header,
-    hash_tensor,
-    philox4x32,
-    tensor_id,
-)
+from xlpk.safetensors_file import INDEX, SINGLE, check_header
+from xlpk.weights import Weights
 
 UP = "model.layers.0.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -432,3 +424,28 @@ def test_a_wrong_name_or_kind_is_refused(small: ModelConfig) -> None:
     assert refusal(lambda: weights.matrix("nothing")).startswith("tensor=nothing")
     assert "this is a vector" in refusal(lambda: weights.matrix("model.norm.weight"))
     assert "this is a matrix" in refusal(lambda: weights.vector(UP))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_the_first_element_that_is_no_number(dtype: str) -> None:
+    """Against numpy, with every kind of value around it, and across the pieces in which a tensor is read."""
+    kind = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}[dtype]
+    rng = np.random.RandomState(1)
+    bits = {2: np.uint16, 4: np.uint32}[np.dtype(kind).itemsize]
+    values = rng.randint(0, 1 << 8 * np.dtype(kind).itemsize, 100_003, dtype=np.uint64).astype(bits)
+    finite = values[np.isfinite(values.view(kind).astype(np.float32))]
+    held = finite.view(NUMPY_DTYPE[dtype])
+    assert len(held) > 90_000
+    assert first_nonfinite(held) is None
+    for place in (0, 1, 32767, 32768, len(held) - 1):
+        for bad in (np.nan, -np.nan, np.inf, -np.inf):
+            spoilt = held.copy()
+            spoilt[place] = spoilt[-1] = np.array(bad, kind).view(NUMPY_DTYPE[dtype])
+            assert first_nonfinite(spoilt) == place
+
+
+def test_a_damaged_element_is_named(folder: Path) -> None:
+    load_model("x", folder).weights.check_finite()
+    rewrite(folder, lambda t: t[UP].__setitem__((3, 7), np.nan))
+    text = refusal(load_model("x", folder).weights.check_finite)
+    assert text == f"{UP}[3, 7]=nan: a finite number: these weights are damaged"

@@ -1,5 +1,8 @@
 // The small functions of the kernels, one by one over arrays, for tests that call them by ctypes.
 
+#include <algorithm>
+#include <vector>
+
 #include "numerics.h"
 #include "penalties.h"
 #include "phases/filter.h"
@@ -10,28 +13,35 @@ using namespace xl;
 
 namespace {
 
-template <class Team>
-void dot_as(Team& team, const void* w, int32_t type, const float* x, int32_t k, int32_t count, float* out) {
-  const auto sink = [&](int r, float value) { out[r] = value; };
-  if (WeightType(type) == WeightType::kBf16) {
-    dot_rows(team, static_cast<const bf16*>(w), x, k, k, count, sink);
-  } else if (WeightType(type) == WeightType::kFp16) {
-    dot_rows(team, static_cast<const f16*>(w), x, k, k, count, sink);
-  } else {
-    dot_rows(team, static_cast<const float*>(w), x, k, k, count, sink);
-  }
-}
-
 // One thread with the portable chunk, whatever vector registers there are.
-struct PlainTeam : HostTeam {
-  using HostTeam::HostTeam;
+struct PlainLanes : HostLanes {
   using Chunk = LaneChunk<1>;
-
-  template <int R, class W>
-  void dot(const W* w, const float* x, int stride, int k, float (&out)[R]) {
-    dot_by_chunks<R>(*this, w, x, stride, k, out);
-  }
+  using Pairs = LanePairs<1>;
 };
+
+// out[r, j] = w[j] . x[r], r < count, j < n, as the phases compute it, or by the definition with the portable chunk, which is
+// another one where products go by tiles.
+template <class W, class A>
+void dot_as(const W* w, const A* x, int32_t n, int32_t k, int32_t count, bool plain, float* out) {
+  if (!plain) {
+#if defined(XL_AMX)
+    std::vector<bf16> packed(packed_elements(std::min(count, Panel<bf16, bf16>::rows), k));
+    HostTeam team(nullptr, packed.data());
+#else
+    HostTeam team(nullptr);
+#endif
+    const auto sink = [&](int j, int r, float value) { out[size_t(r) * n + j] = value; };
+    return dot_each(team, RowMajor<W>(w, k), 0, n, x, k, k, count, sink);
+  }
+  PlainLanes team;
+  for (int j = 0; j < n; ++j)
+    for (int r = 0; r < count; ++r) {
+      const W* const rows[1] = {w + size_t(j) * k};
+      float sums[1][1];
+      block_by_chunks(team, rows, x + size_t(r) * k, k, k, sums);
+      out[size_t(r) * n + j] = sums[0][0];
+    }
+}
 
 }  // namespace
 
@@ -142,11 +152,19 @@ void shim_pack(const float* value, const int32_t* token, uint64_t* packed, int32
 
 int32_t shim_unpack(uint64_t packed) { return unpack_token(packed); }
 
-// out[r] = w . x[r], r < count, as the phases compute it; `plain`: with the portable chunk.
-void shim_dot(const void* w, int32_t type, const float* x, int32_t k, int32_t count, int32_t plain, float* out) {
-  HostTeam vector(nullptr);
-  PlainTeam portable(nullptr);
-  plain ? dot_as(portable, w, type, x, k, count, out) : dot_as(vector, w, type, x, k, count, out);
+// `rounded`: x is bf16, which bf16 matrices alone take.
+void shim_dot(const void* w, int32_t type, const void* x, int32_t rounded, int32_t n, int32_t k, int32_t count, int32_t plain,
+              float* out) {
+  const float* wide = static_cast<const float*>(x);
+  if (rounded) {
+    dot_as(static_cast<const bf16*>(w), static_cast<const bf16*>(x), n, k, count, plain, out);
+  } else if (WeightType(type) == WeightType::kBf16) {
+    dot_as(static_cast<const bf16*>(w), wide, n, k, count, plain, out);
+  } else if (WeightType(type) == WeightType::kFp16) {
+    dot_as(static_cast<const f16*>(w), wide, n, k, count, plain, out);
+  } else {
+    dot_as(static_cast<const float*>(w), wide, n, k, count, plain, out);
+  }
 }
 
 }  // extern "C"

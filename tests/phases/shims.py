@@ -11,16 +11,16 @@ import numpy as np
 
 from xlpk import layout
 from xlpk.backends.memory import WEIGHT_TYPES
+from xlpk.dtypes import OUR_DTYPE
 from xlpk.toolchain import build_shared
-from xlpk.weights import OUR_DTYPE
 
 Array = np.ndarray[Any, Any]
 
 
 class Shim:
-    """shim.cpp built with the flags of the kernels and `extra_flags`."""
+    """shim.cpp built with the flags of the kernels and `extra_flags`; by default the vector path on every machine."""
 
-    def __init__(self, cache: Path, extra_flags: Sequence[str] = ()) -> None:
+    def __init__(self, cache: Path, extra_flags: Sequence[str] = ("-DXL_NO_AMX",)) -> None:
         build = build_shared(Path(__file__).with_name("shim.cpp"), cache, extra_flags=extra_flags)
         self.dll = ctypes.CDLL(str(build.path))
         self.dll.shim_sampling_value.restype = ctypes.c_float
@@ -106,15 +106,22 @@ class Shim:
         return out
 
     def dot(self, w: Array, x: Array, *, plain: bool) -> Array:
-        """w [k] as weights.NUMPY_DTYPE holds it, x [count, k] -> [count]"""
+        """w [n, k] as dtypes.NUMPY_DTYPE holds it, x [count, k] float32 or bf16 -> [count, n]"""
         kind = WEIGHT_TYPES[OUR_DTYPE[w.dtype]]
-        out = np.empty(len(x), np.float32)
-        self.dll.shim_dot(_address(w), int(kind), _address(x), x.shape[1], len(x), int(plain), _address(out))
+        w, x, rounded = np.ascontiguousarray(w), np.ascontiguousarray(x), x.dtype != np.float32
+        out = np.empty((len(x), len(w)), np.float32)
+        sizes = len(w), x.shape[1], len(x), int(plain)
+        self.dll.shim_dot(_address(w), int(kind), _address(x), int(rounded), *sizes, _address(out))
         return out
 
 
 def _address(array: Array) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
+
+
+def fused(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float32, rounded once: the product is exact in float64."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def ulps(value: Array, exact: Array) -> Array:

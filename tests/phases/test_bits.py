@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from phases.shims import Array, Shim
+from phases.shims import Array, Shim, fused
 from stages.sessions import serve, session
 
 from xlpk.backends.cpu import CpuLibrary
+from xlpk.dtypes import NUMPY_DTYPE, bf16_decode, bf16_encode, decode
 from xlpk.model import Model
 from xlpk.reference import bound
 from xlpk.speculation import Ngram
 from xlpk.toolchain import CXX_FLAGS, build_cpu_library
-from xlpk.weights import NUMPY_DTYPE, bf16_encode, decode
 from xlpk.workload import Request
 
 X86 = {
@@ -29,12 +29,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "unoptimised": ("-O1",),
     "race": ("-DXL_RACE", "-O1"),  # teams of 4 threads in warps of 2 lanes
 }
+VECTORS = ("-DXL_NO_AMX",)  # tiles have an order of their own: test_amx.py
 
 
 @pytest.fixture(scope="module")
 def variants(cache: Path) -> dict[str, CpuLibrary]:
     with ThreadPoolExecutor(2) as pool:
-        builds = pool.map(lambda flags: build_cpu_library(cache, extra_flags=flags), VARIANTS.values())
+        builds = pool.map(lambda flags: build_cpu_library(cache, extra_flags=(*VECTORS, *flags)), VARIANTS.values())
         return {name: CpuLibrary(build) for name, build in zip(VARIANTS, builds, strict=True)}
 
 
@@ -56,10 +57,10 @@ def outputs(model: Model, library: CpuLibrary, *, threads: int = 1) -> tuple[dic
 
 @pytest.mark.parametrize("name", ["narrow", "head128_mha_fp32", "head80", "biases_fp16"])
 def test_every_build_gives_the_same_bits(
-    small: Callable[[str], Model], cpu_library: CpuLibrary, variants: dict[str, CpuLibrary], name: str
+    small: Callable[[str], Model], cache: Path, variants: dict[str, CpuLibrary], name: str
 ) -> None:
     model = small(name)
-    tokens, logits = outputs(model, cpu_library)
+    tokens, logits = outputs(model, CpuLibrary(build_cpu_library(cache, extra_flags=VECTORS)))
     assert np.isfinite(logits).all()
     assert len(np.unique(logits)) > 10_000
     for variant, library in variants.items():
@@ -68,24 +69,27 @@ def test_every_build_gives_the_same_bits(
         assert others == tokens, variant
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_dot_has_one_order(cache: Path, dtype: str) -> None:
-    """The vector chunk against the portable one, alone and among others, for every remainder of the row block."""
+@pytest.mark.parametrize(("dtype", "rounded"), [("bf16", True), ("bf16", False), ("fp16", False), ("fp32", False)])
+def test_dot_has_one_order(cache: Path, dtype: str, rounded: bool) -> None:
+    """The vector chunk against the portable one, alone and among others, for every remainder of rows and lengths."""
     shim = Shim(cache)
     rng = np.random.RandomState(7)
-    for k in (32, 64, 96, 1056, 8192):
-        w: Array = rng.standard_normal(k).astype(np.float32)
+    for k in (32, 64, 96, 1056, 2080, 8192):
+        n, most = (19, 12) if k < 2080 else (5, 131)
+        w: Array = rng.standard_normal((n, k)).astype(np.float32)
         w = bf16_encode(w) if dtype == "bf16" else w.astype(NUMPY_DTYPE[dtype])
-        x = (rng.standard_normal((9, k)) * 10.0 ** rng.randint(-3, 4, (9, k))).astype(np.float32)
+        x = (rng.standard_normal((most, k)) * 10.0 ** rng.randint(-3, 4, (most, k))).astype(np.float32)
+        values = bf16_decode(bf16_encode(x)) if rounded else x
+        x = bf16_encode(x) if rounded else x
         plain = shim.dot(w, x, plain=True)
-        exact = x.astype(np.float64) @ decode(w).astype(np.float64)
-        size = np.abs(x.astype(np.float64)) @ np.abs(decode(w)).astype(np.float64)
+        exact = values.astype(np.float64) @ decode(w).astype(np.float64).T
+        size = np.abs(values.astype(np.float64)) @ np.abs(decode(w)).astype(np.float64).T
         assert (np.abs(plain - exact) <= bound("fp32", k) * size).all()
-        for count in range(1, 10):
-            for row in shim.dot(w, x[:count], plain=False), shim.dot(w, x[:count], plain=True):
-                assert row.tobytes() == plain[:count].tobytes()
-        alone = [shim.dot(w, x[r : r + 1], plain=False)[0] for r in range(9)]
-        assert np.array(alone).tobytes() == plain.tobytes()
+        for count in (*range(1, 10), 24, 128, 130, 131):
+            if count <= most:
+                assert shim.dot(w, x[:count], plain=False).tobytes() == plain[:count].tobytes()
+        for r in range(0, most, 5):
+            assert shim.dot(w[:3], x[r : r + 1], plain=False).tobytes() == plain[r, :3].tobytes()
 
 
 def test_dot_is_32_lanes_and_the_fixed_tree(cache: Path) -> None:
@@ -93,13 +97,29 @@ def test_dot_is_32_lanes_and_the_fixed_tree(cache: Path) -> None:
     rng = np.random.RandomState(8)
     k = 96
     w, x = rng.standard_normal((2, k)).astype(np.float32)
-    lanes = np.zeros(32, np.float64)
-    for i in range(0, k, 32):  # fma in float64, rounded once: exact products of two float32
-        lanes = (lanes + w[i : i + 32].astype(np.float64) * x[i : i + 32]).astype(np.float32).astype(np.float64)
-    total = lanes.astype(np.float32)
-    while total.size > 1:
-        total = total[: total.size // 2] + total[total.size // 2 :]
-    assert Shim(cache).dot(w, x[None], plain=False)[0] == total[0]
+    lanes = np.zeros(32, np.float32)
+    for i in range(0, k, 32):
+        lanes = fused(w[i : i + 32], x[i : i + 32], lanes)
+    assert Shim(cache).dot(w[None], x[None], plain=False) == tree(lanes)
+
+
+def test_dot_of_bf16_adds_the_odd_of_a_pair_first(cache: Path) -> None:
+    """A lane takes two neighbours; 96 elements end with pairs for half of the lanes."""
+    rng = np.random.RandomState(9)
+    k = 96
+    w, x = bf16_encode(rng.standard_normal((2, k)).astype(np.float32))
+    pairs_w, pairs_x = decode(w).reshape(-1, 2), bf16_decode(x).reshape(-1, 2)
+    lanes = np.zeros(32, np.float32)
+    for i in (0, 32):
+        one, two = pairs_w[i : i + 32], pairs_x[i : i + 32]
+        lanes[: len(one)] = fused(one[:, 0], two[:, 0], fused(one[:, 1], two[:, 1], lanes[: len(one)]))
+    assert Shim(cache).dot(w[None], x[None], plain=False) == tree(lanes)
+
+
+def tree(lanes: Array) -> np.float32:
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    return lanes[0]
 
 
 def test_flags_forbid_contraction() -> None:

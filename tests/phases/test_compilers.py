@@ -91,4 +91,4 @@ def test_neon_sums_in_the_same_order(tmp_path: Path) -> None:
     command = [str(AARCH64), *flags, "-static", f"-I{kernels_folder()}", str(source), "-o", str(program)]
     subprocess.run(command, check=True)
     done = subprocess.run([str(QEMU), str(program)], capture_output=True, text=True, check=False, env=dict(os.environ))
-    assert (done.returncode, done.stdout) == (0, "2000 dots, 0 differ, vector registers\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "3000 dots, 0 differ, vector registers\n"), done.stderr

@@ -13,8 +13,9 @@ import pytest
 from phases.shims import Array, Shim, ulps
 
 from xlpk.backends.cpu import CpuLibrary
+from xlpk.dtypes import NUMPY_DTYPE
+from xlpk.hash_weights import HASH_SCALE, hash_tensor, philox4x32, tensor_id
 from xlpk.model import SHAPES
-from xlpk.weights import HASH_SCALE, NUMPY_DTYPE, hash_tensor, philox4x32, tensor_id
 
 PI = Fraction(31415926535897932384626433832795028841971693993751058209749445923, 10**64)
 

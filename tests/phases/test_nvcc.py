@@ -55,7 +55,8 @@ def test_one_persistent_kernel_and_one_kernel_a_phase(builds: dict[tuple[str, st
     persistent, launched = (builds[name, source].kernels for source in SOURCES)
     assert [kernel.name for kernel in persistent] == ["xl_persistent_megakernel"]
     phases = [phase for phase in layout.PHASE_NAMES if phase != "control"]
-    assert sorted(kernel.name for kernel in launched) == sorted(f"xl_phase_{phase}" for phase in phases)
+    names = [*(f"xl_phase_{phase}" for phase in phases), "xl_apply_patches"]
+    assert sorted(kernel.name for kernel in launched) == sorted(names)
     for kernel in (*persistent, *launched):
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
         assert kernel.registers <= 255, kernel

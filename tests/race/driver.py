@@ -2,8 +2,9 @@
 
     python driver.py LIBRARY CHECKPOINT ANSWERS.json OUT.json SCENARIO ...
 
-A scenario is ORCHESTRATION-PROPOSER, ORCHESTRATION-chaos: cancellations and a stop in mid-flight, or persistent-quiet:
-the host submits and does nothing else until the work must be done. ANSWERS: the right texts by request id, once known.
+A scenario is ORCHESTRATION-PROPOSER, ORCHESTRATION-chaos: cancellations and a stop in mid-flight, persistent-quiet: the
+host submits and does nothing else until the work must be done, or persistent-lease: the loop leaves and is entered
+again. ANSWERS: the right texts by request id, once known.
 OUT: by scenario and request id, [reason, tokens, (drafts, accepted) of each verification]; the reason of a request that
 the stop cut off is "". The step always has room for all drafts.
 """
@@ -37,6 +38,7 @@ SPECS = {
     "ngram": Ngram(block=4),
     "chaos": Ngram(block=4),
     "oracle": Oracle(block=4, mismatch_stride=3),
+    "lease": Ngram(block=4),
 }
 MAX_LEN = 320
 VOCAB = 131
@@ -87,6 +89,7 @@ def serve(model: Model, library: CpuLibrary, scenario: str, answers: dict[str, l
         prefill_chunk=10,
         spec=SPECS[kind],
         spin_deadline_s=120.0,
+        lease_s=0.02 if kind == "lease" else 0.0,
     )
     backend.open(model, KVPlan.make(KV(budget="60pages", page_size=16), model.config, model.weights.dtype, MAX_LEN))
     batch = requests(answers)
@@ -135,7 +138,8 @@ def serve(model: Model, library: CpuLibrary, scenario: str, answers: dict[str, l
         stop.set()
         for thread in threads if kind != "quiet" else []:
             thread.join()
-        backend.close()
+        report = backend.close()
+    assert kind != "lease" or report.launches > 2
     return {i: [reasons[i], tokens[i], verified[i]] for i in tokens}
 
 

@@ -75,7 +75,8 @@ def test_a_team_that_never_arrives(small: Callable[[str], Model], cpu_library: C
     options = {"orchestration": orchestration, "threads": 2, "spin_deadline_s": 0.3}
     with session(small("alphabet"), cpu_library, **options) as backend:
         assert backend.submit(Request(1, (3, 4, 5), 200, ignore_eos=True))
-        backend.poll()
+        while not backend.poll():  # all teams have started
+            time.sleep(0.0002)
         assert backend._memory is not None
         backend._memory["grid"]["arrivals"] -= 1
         begin = time.monotonic()

@@ -1,117 +1,114 @@
-"""How fast `transformers` runs a model on the CPU: the peer of `make bench`, on the same weights and threads."""
+"""How fast `transformers` runs a model on the CPU: the peer of `make bench`, on the same weights, dtype and threads."""
 
 from __future__ import annotations
 
-import json
-import struct
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xlpk.model import Llama3Rope, Model, ModelConfig
-from xlpk.weights import bf16_encode
+MODES = ("eager", "static", "compiled", "max_autotune")
 
 
-def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> config.json."""
-    rope = None
-    if isinstance(config.rope_scaling, Llama3Rope):
-        rope = {"rope_type": "llama3", **vars(config.rope_scaling)}
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings",
-        "tie_word_embeddings", "bos_token_id",
-    )  # fmt: skip
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "torch_dtype": config.dtype,
-        "eos_token_id": list(config.eos_token_ids),
-        "rope_scaling": rope,
-        **{name: getattr(config, name) for name in names},
-    }
+class Transformers:
+    """One model in transformers, one sequence, greedy; the modes share its weights.
 
-
-def checkpoint_of(model: Model, cache: Path) -> Path:
-    """A folder that transformers reads: the model's own, or one written under `cache` the first time."""
-    if model.path is not None:
-        return model.path
-    folder = cache / model.fingerprint[:16]
-    if (folder / "config.json").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, offset = {}, 0
-    shapes = model.config.tensor_shapes()
-    dtype = model.weights.dtype
-    arrays = {
-        name: model.weights.matrix(name).base if len(shape) == 2 else _as_stored(model.weights.vector(name), dtype)
-        for name, shape in shapes.items()
-    }
-    for name, array in arrays.items():
-        kind = "BF16" if array.dtype == np.uint16 else "F32"
-        tensors[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
-        offset += array.nbytes
-    header = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
-    header += b" " * (-len(header) % 8)
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).data)
-    (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
-    return folder
-
-
-def _as_stored(vector: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    return bf16_encode(vector) if dtype == "bf16" else vector
-
-
-def measure_transformers(
-    model: Model, cache: Path, mode: str, threads: int, prompt: tuple[int, ...], decode: int, repeats: int
-) -> dict[str, Any]:
-    """Median prefill and decode tokens/s, greedy, one sequence.
-
-    mode: `eager` (a cache that grows), `static` (one of fixed size), `compiled` (torch.compile of the static one).
+    `eager`: a cache that grows. `static`: one of fixed size. `compiled`: torch.compile of the static one.
+    `max_autotune`: that with torch's search over kernels, weights frozen into the graph and packed; it wants an object
+    of its own, since torch compiles a function in one way at a time.
     """
-    import torch
-    from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-    torch.set_num_threads(threads)
-    folder = checkpoint_of(model, cache)
-    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[model.weights.dtype]
-    peer = LlamaForCausalLM.from_pretrained(folder, dtype=torch_dtype).eval()
-    forward = torch.compile(peer.forward, dynamic=False) if mode == "compiled" else peer.forward
-    length = len(prompt) + decode
-    ids = torch.tensor([prompt])
-    prefill, steps = [], []
-    with torch.inference_mode():
-        for repeat in range(repeats + 1):  # the first one warms up, and compiles
-            if mode == "eager":
-                kv = DynamicCache(config=peer.config)
-            else:
-                kv = StaticCache(config=peer.config, max_cache_len=length)
-            begin = time.perf_counter()
-            positions = torch.arange(len(prompt))
+    def __init__(self, folder: Path, dtype: str, threads: int, cache: Path) -> None:
+        """`folder`: a checkpoint with matrices of `dtype` (bf16, fp16, fp32). `cache`: where compiled code is kept."""
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve()))  # read when torch is imported
+        import torch
+        from transformers import LlamaForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        held = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+        self._model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=held).eval()
+        # Out of the file's mapping, into memory that may have huge pages: decoding is a quarter faster from there.
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.clone()
+        self._forwards: dict[str, Any] = {}
+        self._caches: dict[int, Any] = {}
+
+    def measure(self, mode: str, prompt: Sequence[int], decode: int, prefills: int = 1) -> dict[str, Any]:
+        """Medians: prefill tokens/s over `prefills` times, decode tokens/s over steps. A mode's first call compiles."""
+        import torch
+
+        with torch.inference_mode():
+            if mode not in self._forwards:
+                self._forwards[mode] = self._forward(mode)
+                self._generate(mode, prompt, decode, most=4)
+            found = [self._generate(mode, prompt, decode, most=1)[0] for _ in range(prefills - 1)]
+            prefill_s, steps_s, tokens = self._generate(mode, prompt, decode, most=decode)
+        return {
+            "prefill_tokens_per_s": len(prompt) / float(np.median([*found, prefill_s])),
+            "decode_tokens_per_s": 1 / float(np.median(steps_s)),
+            "tokens": tokens,
+        }
+
+    def _forward(self, mode: str) -> Any:
+        import torch
+
+        if mode in ("eager", "static"):
+            return self._model.forward
+        if mode == "compiled":
+            return torch.compile(self._model.forward, dynamic=False)
+        from torch._inductor import config
+
+        config.freezing = True
+        return torch.compile(self._model.forward, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+    def _kv(self, mode: str, length: int) -> Any:
+        """An empty cache; one of fixed size is made once, since compiled code may hold its addresses."""
+        from transformers import DynamicCache, StaticCache
+
+        if mode == "eager":
+            return DynamicCache(config=self._model.config)
+        if length not in self._caches:
+            config = self._model.config
+            made = StaticCache(config=config, max_cache_len=length)
+            # Else the first call makes the tensors, and compiled code is compiled again for the second.
+            made.early_initialization(
+                1, config.num_key_value_heads, config.head_dim, self._model.dtype, self._model.device
+            )
+            self._caches[length] = made
+        self._caches[length].reset()
+        return self._caches[length]
+
+    def _generate(
+        self, mode: str, prompt: Sequence[int], decode: int, most: int
+    ) -> tuple[float, list[float], list[int]]:
+        """The first `most` of `decode` tokens -> seconds of the prefill and of each step, and the tokens."""
+        import torch
+
+        forward, kv = self._forwards[mode], self._kv(mode, len(prompt) + decode)
+
+        def step(ids: Any, at: Any) -> Any:
             out = forward(
-                input_ids=ids, past_key_values=kv, cache_position=positions,
-                position_ids=positions[None], use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            if repeat:
-                prefill.append(len(prompt) / (time.perf_counter() - begin))
-            for position in range(len(prompt), length - 1):
-                begin = time.perf_counter()
-                at = torch.tensor([position])
-                out = forward(
-                    input_ids=token, past_key_values=kv, cache_position=at,
-                    position_ids=at[None], use_cache=True, logits_to_keep=1,
-                )  # fmt: skip
-                token = out.logits[:, -1].argmax(-1, keepdim=True)
-                if repeat:
-                    steps.append(time.perf_counter() - begin)
-    return {
-        "prefill_tokens_per_s": float(np.median(prefill)),
-        "decode_tokens_per_s": 1 / float(np.median(steps)),
-    }
+                input_ids=ids,
+                past_key_values=kv,
+                cache_position=at,
+                position_ids=at[None],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            return out.logits[:, -1].argmax(-1, keepdim=True)
+
+        begin = time.perf_counter()
+        token = step(torch.tensor([list(prompt)]), torch.arange(len(prompt)))
+        prefill_s = time.perf_counter() - begin
+        tokens, steps = [int(token)], []
+        for position in range(len(prompt), len(prompt) + most - 1):
+            begin = time.perf_counter()
+            token = step(token, torch.tensor([position]))
+            steps.append(time.perf_counter() - begin)
+            tokens.append(int(token))
+        return prefill_s, steps, tokens

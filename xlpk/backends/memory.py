@@ -1,11 +1,12 @@
 """A session's memory: one table of buffers with shapes, and the Params record that points into them.
 
-What each buffer holds is documented in xlpk/layout.py. The CPU allocates them with numpy; a GPU will allocate the
-same table.
+What each buffer holds is documented in xlpk/layout.py. The CPU allocates them with numpy, gpu_memory.py
+the same table on a device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,26 @@ def buffer_table(
         "page_table": ((slots, plan.pages_for(max_len)), i32),
         "free_pages": ((plan.pages,), i32),
         "page_owner": ((plan.pages,), i32),
+        "patches": ((2 * rows + slots,), layout.PATCH.dtype),
     }
+
+
+RINGS = (
+    "mailbox",
+    "submissions",
+    "prompts",
+    "cancels",
+    "events",
+    "logprobs",
+    "step_records",
+)  # host and device reach them
+
+
+def start_values(buffers: Mapping[str, np.ndarray[Any, Any]], plan: KVPlan) -> None:
+    """Sets what is not zero at the start of a session: every page is free."""
+    buffers["free_pages"][:] = np.arange(plan.pages - 1, -1, -1)
+    buffers["page_owner"][:] = -1
+    buffers["state"]["n_free_pages"] = plan.pages
 
 
 def scratch_floats(config: ModelConfig, limits: Limits, *, warps: int) -> int:
@@ -111,6 +131,40 @@ def dims_record(config: ModelConfig, plan: KVPlan) -> np.ndarray[Any, Any]:
     for name, _, _ in layout.DIMS.fields:
         dims[name] = plan.page_size if name == "page_size" else getattr(config, name)
     return dims
+
+
+def session_values(
+    model: Model,
+    plan: KVPlan,
+    limits: Limits,
+    spec: Proposer,
+    acceptance: Acceptance,
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]],
+) -> dict[str, int]:
+    """Sizes and policies of Params, the same on every device. `shapes`: as `buffer_table` gives them."""
+    ngram = spec if isinstance(spec, Ngram) else Ngram()
+    return {
+        "version": layout.VERSION,
+        "max_rows": limits.max_step_rows,
+        "max_slots": limits.max_num_seqs,
+        "max_len": plan.max_len,
+        "max_spans": shapes["span_max"][0][2],
+        "max_slot_pages": shapes["page_table"][0][1],
+        "n_pages": plan.pages,
+        "n_eos_ids": len(model.config.eos_token_ids),
+        "submission_capacity": shapes["submissions"][0][0],
+        "prompt_capacity": shapes["prompts"][0][0],
+        "event_capacity": shapes["events"][0][0],
+        "step_capacity": shapes["step_records"][0][0],
+        "prefill_chunk": limits.prefill_chunk,
+        "block": spec.block,
+        "proposer": spec.code,
+        "acceptance": acceptance.code,
+        "ngram_min": ngram.min_n,
+        "ngram_max": ngram.max_n,
+        "mismatch_stride": spec.mismatch_stride if isinstance(spec, Oracle) else 0,
+        "forced_stride": acceptance.stride if isinstance(acceptance, Forced) else 1,
+    }
 
 
 @dataclass
@@ -159,19 +213,16 @@ def host_memory(
     teams: int,
     warps: int,
     spin_deadline_s: float,
+    lease_s: float,
     logits: bool,
 ) -> HostMemory:
     """Allocates a CPU session and fills its Params."""
     config = model.config
-    buffers = {
-        name: aligned_zeros(shape, dtype)
-        for name, (shape, dtype) in buffer_table(config, plan, limits, warps=warps, logits=logits).items()
-    }
+    shapes = buffer_table(config, plan, limits, warps=warps, logits=logits)
+    buffers = {name: aligned_zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
     floats = scratch_floats(config, limits, warps=warps)
     buffers["scratch"] = aligned_zeros((teams, floats), np.float32)
-    buffers["free_pages"][:] = np.arange(plan.pages - 1, -1, -1)
-    buffers["page_owner"][:] = -1
-    buffers["state"]["n_free_pages"] = plan.pages
+    start_values(buffers, plan)
     layers, kept = layer_weights(model)
     norm = model.weights.vector("model.norm.weight")
     inv_freq = np.ascontiguousarray(config.at_length(plan.max_len).inv_freq(), np.float64)
@@ -183,7 +234,6 @@ def host_memory(
     params = np.zeros((), layout.PARAMS.dtype)
     for name, buffer in buffers.items():
         params[name] = buffer.ctypes.data if buffer.size else 0
-    ngram = spec if isinstance(spec, Ngram) else Ngram()
     values = {
         "embed_tokens": embedding.address,
         "lm_head": head.address,
@@ -192,27 +242,10 @@ def host_memory(
         "inv_freq": inv_freq.ctypes.data,
         "eos_ids": eos_ids.ctypes.data,
         "spin_deadline_ns": int(spin_deadline_s * 1e9),
-        "version": layout.VERSION,
-        "max_rows": limits.max_step_rows,
-        "max_slots": limits.max_num_seqs,
-        "max_len": plan.max_len,
-        "max_spans": buffers["span_max"].shape[2],
-        "max_slot_pages": buffers["page_table"].shape[1],
-        "n_pages": plan.pages,
-        "n_eos_ids": len(config.eos_token_ids),
+        "census_ns": int(spin_deadline_s * 1e9),
+        "lease_ns": int(lease_s * 1e9),
         "scratch_floats": floats,
-        "submission_capacity": buffers["submissions"].size,
-        "prompt_capacity": buffers["prompts"].size,
-        "event_capacity": buffers["events"].size,
-        "step_capacity": buffers["step_records"].size,
-        "prefill_chunk": limits.prefill_chunk,
-        "block": spec.block,
-        "proposer": spec.code,
-        "acceptance": acceptance.code,
-        "ngram_min": ngram.min_n,
-        "ngram_max": ngram.max_n,
-        "mismatch_stride": spec.mismatch_stride if isinstance(spec, Oracle) else 0,
-        "forced_stride": acceptance.stride if isinstance(acceptance, Forced) else 1,
+        **session_values(model, plan, limits, spec, acceptance, shapes),
     }
     for name, value in values.items():
         params[name] = value

@@ -1,0 +1,192 @@
+// The multiply of the CPU platform: a panel of weight rows against all rows of a step.
+#pragma once
+
+#include "platform/host_chunk.h"
+
+namespace xl {
+
+constexpr int kPanelRows = 4;  // weight rows of a panel
+
+// How W is multiplied by A: weight rows of a panel, rows of activations at most, and whether those are to be packed before.
+template <class W, class A>
+struct Panel {
+  static constexpr int block = kPanelRows, rows = 128;
+  static constexpr bool packed = false;
+};
+
+// All lanes in one thread.
+struct HostLanes {
+  using Chunk = VectorChunk;
+  using Pairs = VectorPairs;
+  int lane() const { return 0; }
+  float shuffle_xor(float value, int) { return value; }
+};
+
+#if defined(__AVX512F__)
+
+constexpr int kPassRows = 3;  // 4 x 3 accumulators of two registers, 6 of activations, 2 of weights: all 32
+
+// out[0..4): the sums of four chunks, each by the tree of VectorChunk::sum.
+XL_FN void sum4(const VectorChunk& a, const VectorChunk& b, const VectorChunk& c, const VectorChunk& d, float* out) {
+  const __m512 a16 = _mm512_add_ps(a.lo, a.hi), b16 = _mm512_add_ps(b.lo, b.hi);
+  const __m512 c16 = _mm512_add_ps(c.lo, c.hi), d16 = _mm512_add_ps(d.lo, d.hi);
+  // Quarters of registers: a0 a1 b0 b1 + a2 a3 b2 b3; then one quarter a chunk.
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a16, b16, 0x44), _mm512_shuffle_f32x4(a16, b16, 0xee));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c16, d16, 0x44), _mm512_shuffle_f32x4(c16, d16, 0xee));
+  const __m512 s4 = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const __m512 s2 = _mm512_add_ps(s4, _mm512_permute_ps(s4, 0x4e));
+  const __m512 s1 = _mm512_add_ps(s2, _mm512_permute_ps(s2, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s1)));
+}
+
+// Elements begin .. end of each dot product of a panel with some rows. The accumulators come from `kept` unless it is the first
+// stretch, and go there unless it is the last.
+struct Stretch {
+  int begin, end;
+  bool first, last;
+  VectorChunk* kept;
+};
+
+// acc[j][r] += w[j][i ..] . x[r][i ..] for one step of elements, or for the 32 that are left. Always inlined, or the
+// accumulators would not be registers.
+template <bool Tail, int R, class W, class A>
+__attribute__((always_inline)) inline void add_products(VectorChunk (&acc)[kPanelRows][R], const W* const (&w)[kPanelRows],
+                                                        const A* x, int stride, int i) {
+  using Read = Operands<HostLanes, W, A>;
+  typename Read::Operand value[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const A* from = x + size_t(r) * stride + i;
+    value[r] = Tail ? Read::load_tail(from, 0) : Read::load(from, 0);
+    asm("" : "+v"(value[r].lo), "+v"(value[r].hi));  // in registers: else each product loads its operand, at half the speed
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kPanelRows; ++j) {
+    const typename Read::Operand weight = Tail ? Read::load_tail(w[j] + i, 0) : Read::load(w[j] + i, 0);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[j][r] = fma(weight, value[r], acc[j][r]);
+  }
+}
+
+// `Lines`: cache lines of `ahead` to fetch beside a step. After the last stretch out[r * out_stride + j] is the sum.
+template <int R, int Lines, class W, class A>
+__attribute__((noinline)) void multiply_pass(const W* const (&w)[kPanelRows], const A* x, int stride, const Stretch& s,
+                                             const char* ahead, float* out, int out_stride) {
+  constexpr int kStep = Operands<HostLanes, W, A>::kStep;
+  VectorChunk acc[kPanelRows][R];
+#pragma GCC unroll 4
+  for (int j = 0; j < kPanelRows; ++j)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[j][r] = s.first ? VectorChunk::all(0.0f) : s.kept[j * R + r];
+  int i = s.begin;
+  for (; i + kStep <= s.end; i += kStep) {
+#pragma GCC unroll 8
+    for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + 64 * line);
+    ahead += 64 * Lines;
+    add_products<false>(acc, w, x, stride, i);
+  }
+  if (i < s.end) add_products<true>(acc, w, x, stride, i);
+  if (s.last) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r], out + size_t(r) * out_stride);
+  } else {
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelRows; ++j)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) s.kept[j * R + r] = acc[j][r];
+  }
+}
+
+template <int Lines, class W, class A>
+XL_FN void multiply_rows(int rows, const W* const (&w)[kPanelRows], const A* x, int stride, const Stretch& s, const char* ahead,
+                         float* out, int out_stride) {
+  if (rows == 3) {
+    multiply_pass<3, Lines>(w, x, stride, s, ahead, out, out_stride);
+  } else if (rows == 2) {
+    multiply_pass<2, Lines>(w, x, stride, s, ahead, out, out_stride);
+  } else {
+    multiply_pass<1, Lines>(w, x, stride, s, ahead, out, out_stride);
+  }
+}
+
+// One row of activations, bound by memory: one row of weights after the other, which the hardware follows best, and the next panel
+// fetched meanwhile, which it does not foresee.
+template <class W, class A>
+XL_FN void multiply_one(const W* const (&w)[kPanelRows], const A* x, int k, const W* next, float* out) {
+  using Read = Operands<HostLanes, W, A>;
+  const char* ahead = reinterpret_cast<const char*>(next ? next : w[0]);
+  VectorChunk acc[kPanelRows];
+#pragma GCC unroll 4
+  for (int j = 0; j < kPanelRows; ++j) {
+    VectorChunk one = VectorChunk::all(0.0f);
+    int i = 0;
+    for (; i + Read::kStep <= k; i += Read::kStep) {
+      constexpr int kBytes = Read::kStep * int(sizeof(W));
+#pragma GCC unroll 2
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
+      ahead += kBytes;
+      one = fma(Read::load(w[j] + i, 0), Read::load(x + i, 0), one);
+    }
+    if (i < k) one = fma(Read::load_tail(w[j] + i, 0), Read::load_tail(x + i, 0), one);
+    acc[j] = one;
+  }
+  sum4(acc[0], acc[1], acc[2], acc[3], out);
+}
+
+// out[r * out_stride + j] = w[j] . x[r], r < count <= kMostRows, in the order of block_by_chunks. `next`: the panel that will be
+// read next, contiguous, which is fetched meanwhile, or null.
+template <int kMostRows, class W, class A>
+__attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], const A* x, int stride, int k, int count, const W* next, float* out,
+                          int out_stride) {
+  constexpr int kStretch = 4096 / int(sizeof(A));
+  if (count == 1) return multiply_one(w, x, k, next, out);
+  // Long rows are taken in stretches that stay in the first-level cache with the activations of a pass.
+  VectorChunk kept[kMostRows / kPassRows + 1][kPanelRows * kPassRows];
+  const int passes = (count + kPassRows - 1) / kPassRows;
+  const size_t bytes = next ? size_t(kPanelRows) * k * sizeof(W) : 0;
+  size_t fetched = 0;
+  for (int begin = 0; begin < k; begin += kStretch) {
+    const int end = begin + kStretch < k ? begin + kStretch : k;
+    const size_t line_bytes = size_t(end - begin) / Operands<HostLanes, W, A>::kStep * 64;  // one line a step
+    for (int pass = 0; pass < passes; ++pass) {
+      const int r = pass * kPassRows, rows = count - r < kPassRows ? count - r : kPassRows;
+      const Stretch s{begin, end, begin == 0, end == k, kept[pass]};
+      const char* ahead = reinterpret_cast<const char*>(next) + fetched;
+      const A* from = x + size_t(r) * stride;
+      float* to = out + size_t(r) * out_stride;
+      if (fetched >= bytes) {
+        multiply_rows<0>(rows, w, from, stride, s, ahead, to, out_stride);
+      } else if (passes < 3) {
+        multiply_rows<8>(rows, w, from, stride, s, ahead, to, out_stride);
+        fetched += 8 * line_bytes;
+      } else if (passes < 8) {
+        multiply_rows<3>(rows, w, from, stride, s, ahead, to, out_stride);
+        fetched += 3 * line_bytes;
+      } else {
+        multiply_rows<1>(rows, w, from, stride, s, ahead, to, out_stride);
+        fetched += line_bytes;
+      }
+    }
+  }
+}
+
+#else
+
+// out[r * out_stride + j] = w[j] . x[r], r < count, in the order of block_by_chunks. The last weight row may be named twice.
+template <int kMostRows, class W, class A>
+__attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], const A* x, int stride, int k, int count, const W*, float* out,
+                          int out_stride) {
+  HostLanes lanes;
+  for (int j = 0; j < kPanelRows; j += 2) {
+    const W* const two[2] = {w[j], w[j + 1]};
+    for (int r = 0; r < count; ++r) {
+      float sums[2][1];
+      block_by_chunks(lanes, two, x + size_t(r) * stride, stride, k, sums);
+      for (int i = 0; i < 2; ++i) out[size_t(r) * out_stride + j + i] = sums[i][0];
+    }
+  }
+}
+
+#endif
+
+}  // namespace xl

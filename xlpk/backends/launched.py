@@ -1,0 +1,161 @@
+"""`backend=launched`: control on the host, one kernel a phase on the device.
+
+A step: the CPU build of the stages decides on the host's state; one copy sends the step's descriptor; the phases
+follow, each an asynchronous launch; one copy brings back the sampled tokens; one wait. `sync=phase` waits after each
+phase: the naive extreme.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xlpk import layout
+from xlpk.backend import Event
+from xlpk.backends.gpu import STOP_S, GpuBackend
+from xlpk.backends.gpu_memory import GpuMemory, Session, mirrored_memory
+from xlpk.backends.upload import DeviceWeights
+from xlpk.errors import BackendError, InputError
+
+_FILTER = layout.PHASE_NAMES.index("filter")
+_CONTROL = layout.PHASE_NAMES.index("control")
+
+
+class Shape(NamedTuple):
+    """What of a step changes its launches; rows are read from the descriptor."""
+
+    filters: bool  # some sampled row goes through the filter phase
+    patched: bool  # the page table or the counts changed
+
+
+class LaunchedBackend(GpuBackend):
+    """Implements xlpk.backend.Backend."""
+
+    name = "launched"
+    orchestration = "launched"
+    source = "launched.cu"
+
+    def __init__(self, *, sync: str = "step", hang_s: float = 3.0, **options: Any) -> None:
+        """`sync`: step | phase. `hang_s`: the longest that a step may take. `options`: as of GpuBackend."""
+        super().__init__(**options)
+        if sync not in ("step", "phase"):
+            raise InputError("backend.sync", sync, "one of step, phase")
+        self.sync, self._hang_s = sync, hang_s
+
+    def _allocate(self, session: Session, weights: DeviceWeights) -> GpuMemory:
+        memory, self._descriptor, self._readback = mirrored_memory(self.device, session, weights)
+        return memory
+
+    def _start(self) -> None:
+        memory, library = self._memory, self.library
+        assert memory is not None
+        slots, vocab = self.limits.max_num_seqs, self._model.config.vocab_size
+        self._report.clock_error_ns = library.clock_error_ns()
+        self._patch = self._function("xl_apply_patches"), self._arguments()
+        names = dict.fromkeys(phase for phase, _ in layout.phase_sequence(1))
+        functions = {phase: self._function(f"xl_phase_{layout.PHASE_NAMES[phase]}") for phase in names}
+        self._phases = [
+            (phase, functions[phase], self._arguments(layer))
+            for phase, layer in layout.phase_sequence(self._model.config.num_hidden_layers)
+        ]
+        # What the device has: see xl_collect_patches.
+        self._sent_pages = np.zeros_like(memory["page_table"])
+        self._sent_ids = np.zeros(slots, np.uint64)
+        self._counted = np.zeros(slots, np.int32)
+        self._fresh = np.zeros(slots, np.int32)
+        self._row = self.device.locked(2 * vocab * 4).view(np.int32).reshape(2, vocab)
+        self._back = self._readback.host
+        self._phase_ns = np.zeros(len(layout.PHASES), np.uint64)
+
+    def clock_ns(self) -> int:
+        """The clock of control, which stamps events: the host's."""
+        return int(self.library.dll.xl_clock_ns())
+
+    def _take_cancellations(self) -> None:
+        self.library.dll.xl_control(self._params, self._dims)
+
+    def poll(self) -> list[Event]:
+        if not self._aborted():
+            with self.device.errors("a step failed"):
+                self._run_step()
+        events = self._drain()
+        if not events:  # what the loop published before it died comes first
+            self._raise_if_aborted()
+        return events
+
+    def _run_step(self) -> None:
+        if self.library.dll.xl_control(self._params, self._dims) == 0:
+            return
+        shape = self._prepare()
+        self._run_shape(shape)
+        self.device.synchronize(self._hang_s)
+        self._take_times()
+
+    def _prepare(self) -> Shape:
+        """Completes the descriptor; sends the rows of counts and biases of requests that are new."""
+        memory = self._memory
+        assert memory is not None
+        fresh = self.library.dll.xl_collect_patches(
+            self._params,
+            self._dims,
+            self._sent_pages.ctypes.data,
+            self._sent_ids.ctypes.data,
+            self._counted.ctypes.data,
+            self._fresh.ctypes.data,
+            memory["patches"].size,
+        )
+        if fresh < 0:
+            raise BackendError(
+                f"a step changed more than {memory['patches'].size} words of the page table and the counts"
+            )
+        for slot in self._fresh[:fresh].tolist():
+            self._send_adjustments(slot)
+        step = memory["step"][0]
+        return Shape(bool(step["n_filter_rows"]), bool(step["n_page_patches"] or step["n_count_patches"]))
+
+    def _send_adjustments(self, slot: int) -> None:
+        """Once a request: its counts and biases."""
+        memory, device = self._memory, self.device
+        assert memory is not None
+        offset = slot * self._row.shape[1] * 4
+        for row, name in enumerate(("counts", "bias")):
+            self._row[row] = memory[name][slot].view(np.int32)
+            device.copy_in(memory.device[name] + offset, self._row[row])
+        device.synchronize(self._hang_s)  # the buffer is used again
+
+    def _run_shape(self, shape: Shape) -> None:
+        self._enqueue(shape)
+
+    def _enqueue(self, shape: Shape) -> None:
+        """All of a step onto the stream."""
+        device = self.device
+        descriptor, readback = self._descriptor, self._readback
+        device.copy_in(descriptor.device_address, descriptor.bytes)
+        if shape.patched:
+            self._launch(*self._patch)
+        for phase, function, arguments in self._phases:
+            if phase != _FILTER or shape.filters:
+                self._launch(function, arguments)
+                if self.sync == "phase":
+                    device.synchronize(self._hang_s)
+        size = readback.arena.size if shape.filters else readback.arena.offsets["row_logprobs"]
+        device.copy_out(readback.bytes[:size], readback.device_address)
+
+    def _launch(self, function: Any, arguments: bytes) -> None:
+        assert self._memory is not None
+        self.device.launch(function, self.teams, layout.GPU_THREADS, arguments, self._memory.shared_bytes)
+
+    def _take_times(self) -> None:
+        """Phases' times of the step, of team 0's clock: the device adds them up, control publishes them."""
+        assert self._memory is not None
+        now = self._back["state"]["phase_ns"][0]
+        self._memory["state"]["phase_ns"][0, :_CONTROL] += (now - self._phase_ns)[:_CONTROL]
+        self._phase_ns[:] = now
+
+    def _stop(self) -> bool:
+        assert self._memory is not None
+        self._free_pages = int(self._memory["state"]["n_free_pages"][0])
+        ended = self.device.wait(STOP_S)
+        self._report.syncs += 1
+        return ended
