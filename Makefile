@@ -6,8 +6,11 @@ PY := $(VENV)/bin/python
 
 .PHONY: run bench bench-peers test test-all lint clean
 
+# Where there are NVIDIA's driver and compiler, PyCUDA is installed too (docs/cuda.md); the run says which backend it takes.
+HAS_CUDA := $(shell command -v nvcc >/dev/null 2>&1 && ldconfig -p 2>/dev/null | grep -q 'libcuda\.so\.1' && echo yes)
+
 run: $(VENV)/.installed
-	$(PY) -m xlpk.run -m mode=serial_decode,speculative_decode
+	$(PY) -m xlpk.run -m backend=auto mode=serial_decode,speculative_decode
 
 bench: $(VENV)/.installed-peers
 	$(PY) -m xlpk.bench
@@ -34,6 +37,9 @@ $(PY):
 
 $(VENV)/.installed: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --editable .
+ifeq ($(HAS_CUDA),yes)
+	$(PY) -m pip install --quiet --editable '.[cuda]' || echo 'PyCUDA could not be installed: see docs/cuda.md'
+endif
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(PY)

@@ -69,17 +69,18 @@ XL_FN void dot_tiles(Team& team, Rows row, int begin, int end, const A* x, int s
   constexpr int kTile = Team::tile;
   if constexpr (Team::panel_rows > 0) {
     using Panel = decltype(Team::panel_of(row(0, 0), x));
-    constexpr int kMost = Panel::rows;
     if constexpr (Panel::packed) {
+      constexpr int kMost = Panel::rows;
       for (int r = 0; r < count; r += kMost) {
         const int rows = count - r < kMost ? count - r : kMost;
         const A* packed = team.pack(x + size_t(r) * stride, stride, k, rows);
         for (int n = begin; n < end; n += kTile) panel_rows<M, Panel>(team, row, n, end, packed, 0, k, r, rows, sink);
       }
     } else {
+      const int most = Panel::rows_at_once(k);
       for (int n = begin; n < end; n += kTile)
-        for (int r = 0; r < count; r += kMost)
-          panel_rows<M, Panel>(team, row, n, end, x, stride, k, r, count - r < kMost ? count - r : kMost, sink);
+        for (int r = 0; r < count; r += most)
+          panel_rows<M, Panel>(team, row, n, end, x, stride, k, r, count - r < most ? count - r : most, sink);
     }
   } else {
     constexpr int kRows = Team::rows;

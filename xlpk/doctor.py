@@ -197,9 +197,6 @@ def _pings(backend: Any, where: str) -> Iterator[Finding]:
         begin = time.perf_counter_ns()
         clocks.append(backend.clock_ns())
         took.append(time.perf_counter_ns() - begin)
-    if not all(clocks):
-        yield Finding(f"{where}: mapped memory", BROKEN, "the loop does not see the host's words", "report this")
-        return
     tick = math.gcd(*(later - clocks[0] for later in clocks[1:]))
     yield Finding(f"{where}: mapped memory", WELL, f"a word and its answer in {np.median(took) / 1e3:.1f} us (p50)")
     yield Finding(f"{where}: timer", WELL, f"ticks of {tick} ns")

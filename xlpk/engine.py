@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -21,14 +22,16 @@ from xlpk.errors import BackendError
 from xlpk.hash_weights import Fill
 from xlpk.kv import KVPlan
 from xlpk.model import SHAPES, Model
-from xlpk.settings import Settings
+from xlpk.settings import AutoBackend, CpuBackend, Settings
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Oracle, Proposer
 from xlpk.stopping import StopMatcher
+from xlpk.units import format_bytes
 from xlpk.workload import Request
 
 LOG_VERSION = 1
 FLUSH_S = 0.5  # a killed process loses at most this much
 IDLE_S = 0.0005  # sleep when a poll found nothing: the loop's threads want the cores; 0.2 ms costs them 15 %
+SLOW_UPLOAD_BYTES = 1 << 28
 DRAIN_S = 1.0  # wait for the records of the last steps after the last request finished
 
 MakeBackend = Callable[[Settings, Proposer, Acceptance], Backend]
@@ -89,8 +92,10 @@ def make_backend(settings: Settings, spec: Proposer, acceptance: Acceptance) -> 
     """The backend that the config names, imported now."""
     from xlpk.backends import choose
 
+    uploads = {} if isinstance(settings.backend, CpuBackend | AutoBackend) else {"progress": _show_upload}
     return choose.make(
         settings.backend,
+        **uploads,
         max_num_seqs=settings.scheduler.max_num_seqs,
         max_step_rows=settings.scheduler.max_step_rows,
         prefill_chunk=settings.scheduler.prefill_chunk,
@@ -98,6 +103,14 @@ def make_backend(settings: Settings, spec: Proposer, acceptance: Acceptance) -> 
         acceptance=acceptance,
         cache=_cache(settings),
     )
+
+
+def _show_upload(done: int, total: int) -> None:
+    """A line that is overwritten, on a terminal, for models that take a while."""
+    if total < SLOW_UPLOAD_BYTES or not sys.stderr.isatty():
+        return
+    text = f"weights to the device: {100 * done // total} % of {format_bytes(total)}"
+    print(text, end="\n" if done == total else "\r", file=sys.stderr, flush=True)
 
 
 def resolve_backend(settings: Settings) -> Settings:

@@ -7,6 +7,7 @@ a sweep the other points go on and the code is that of the first failure.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import importlib.util
 import json
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -186,7 +187,8 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], in_sweep: bool, m
             traceback.print_exception(failure)
     _signals.held = False
     _mirror(folder, settings)
-    _show(folder, settings, in_sweep, measured)
+    with _standard_output():
+        _show(folder, settings, in_sweep, measured)
     return code
 
 
@@ -224,6 +226,21 @@ def _mirror(folder: Path, settings: Settings) -> None:
             complain(warning)
 
 
+@contextlib.contextmanager
+def _standard_output() -> Iterator[None]:
+    """Whoever reads it may have gone, or its disk may be full: the run is complete all the same."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (*UNWRITABLE, errno.EPIPE, errno.EBADF):
+            raise
+        with open(os.devnull, "w") as nowhere:  # else the interpreter tries once more at its end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            complain(f"standard output cannot be written ({error.strerror}); the run is complete")
+
+
 def _show(folder: Path, settings: Settings, in_sweep: bool, measured: dict[str, Any]) -> None:
     from xlpk import record, report
 
@@ -237,7 +254,6 @@ def _show(folder: Path, settings: Settings, in_sweep: bool, measured: dict[str, 
     _epilogue(folder, settings.run.outputs, folder)
     if settings.run.json:
         print(json.dumps(measured))
-    sys.stdout.flush()
 
 
 def _epilogue(folder: Path, outputs: str, shown: Path) -> None:
@@ -377,10 +393,14 @@ def main(argv: list[str] | None = None) -> int:
         complain(INSTALL)
         return 2
     _take_signals()
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")
     try:
         code = compose_and_run(sys.argv[1:] if argv is None else argv, point)
         if "xlpk.report" in sys.modules:
-            failed = finish_sweep()
+            failed = 0
+            with _standard_output():
+                failed = finish_sweep()
             code = code if code == INTERRUPTED else failed or code
     except KeyboardInterrupt:  # while modules are imported, or a second one after the run's files were complete
         code = INTERRUPTED

@@ -5,7 +5,12 @@
 
 #include "platform/host_chunk.h"
 
-#if defined(XL_AMX_EMULATED) || (defined(__AMX_TILE__) && defined(__AMX_BF16__) && !defined(XL_NO_AMX))
+// clang 14 spells both names without the middle underscore.
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__)) || (defined(__AMXTILE__) && defined(__AMXBF16__))
+#define XL_HAS_AMX 1
+#endif
+
+#if defined(XL_AMX_EMULATED) || (defined(XL_HAS_AMX) && !defined(XL_NO_AMX))
 #define XL_AMX 1
 
 #if defined(__linux__)
@@ -20,7 +25,7 @@ constexpr int kTileDepth = 32;                  // bf16 of a row of a tile: what
 
 // c[m][n] += the sum over pairs p < 16 of a[m][p] . b[p][n], n < columns <= 16, as the Intel SDM defines TDPBF16PS (vol. 2, "Dot
 // Product of BF16 Tiles Accumulated into Packed Single Precision Tile"): the even elements of the pairs are summed from 0 in
-// ascending order and so are the odd ones, one rounding a step; then their sum is added to c. a: [16][32] bf16, b: pairs of bf16.
+// ascending order and so are the odd ones, one rounding a step; then their sum is added to c. Words of a and b: pairs of bf16.
 // To be called with subnormals flushed (`tile_product`).
 __attribute__((noinline)) inline void tile_product_in_mode(const uint32_t (&a)[16][16], const uint32_t (&b)[16][16],
                                                            int columns, float (&c)[16][16]) {
@@ -47,8 +52,8 @@ inline void tile_product(const uint32_t (&a)[16][16], const uint32_t (&b)[16][16
 #endif
 }
 
-// The eight tile registers of the calling thread, which alone may use the object. A tile has 16 rows: of `columns` words in tiles
-// 0..3, of 16 words in tiles 4..7. The template arguments are numbers of tiles.
+// The eight tile registers of the calling thread, which alone may use the object. A tile has 16 rows: of `columns` words in
+// tiles 0..3, of 16 words in tiles 4..7. The template arguments are numbers of tiles.
 class Tiles {
  public:
   Tiles() = default;

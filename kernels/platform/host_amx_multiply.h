@@ -1,9 +1,10 @@
 // The multiply of bf16 weights by bf16 activations in AMX tiles, for one row of activations and for many.
 //
-// A tile of weights is 16 rows of 32 elements as they lie in memory; activations are the columns of the other operand, 16 of them
-// at most, in pairs of elements. Order of a sum, whatever the number of columns: the products of 32 elements (see tile_product)
-// go in ascending order into two sums in turn, and the two are added at the end. Two, because a product waits 52 cycles for the
-// one before it in the same sum and 16 for any other (Intel Optimization Reference Manual): weights from the cache would wait.
+// A tile of weights is 16 rows of 32 elements as they lie in memory; activations are the columns of the other operand, 16 of
+// them at most, in pairs of elements. Order of a sum, whatever the number of columns: the products of 32 elements (see
+// tile_product) go in ascending order into two sums in turn, and the two are added at the end. Two, because a product waits 52
+// cycles for the one before it in the same sum and 16 for any other (Intel 64 and IA-32 Architectures Optimization Reference
+// Manual, "Intel AMX"): with one, weights that lie in the cache would wait.
 #pragma once
 
 #include "platform/host_amx.h"
@@ -13,6 +14,7 @@
 
 namespace xl {
 
+// 256 rows: a kilobyte of weights is multiplied for at least 256 cycles, about what memory takes to bring it to one core.
 template <>
 struct Panel<bf16, bf16> {
   static constexpr int block = kTileRows, rows = 256;
@@ -26,7 +28,7 @@ XL_FN void transpose(const void* from, size_t from_stride, int rows, int columns
   __m512i a[16], b[16];
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r)
-    a[r] = r < rows ? _mm512_maskz_loadu_epi32(some, static_cast<const uint32_t*>(from) + r * from_stride) : _mm512_setzero_si512();
+    a[r] = _mm512_maskz_loadu_epi32(r < rows ? some : 0, static_cast<const uint32_t*>(from) + r * from_stride);
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -61,12 +63,13 @@ XL_FN void transpose(const void* from, size_t from_stride, int rows, int columns
 }
 
 // Activations are held by groups of 16 rows, [groups, k / 32, 16 pairs, columns]; fewer than 16 rows are one group of so many
-// columns, more leave the last columns of the last group to zeros. One row is its own group.
+// columns; of more, the last group ends with columns of zeros. One row is its own group.
 XL_FN int packed_columns(int count) { return count < kTileRows ? count : kTileRows; }
 XL_FN int packed_groups(int count) { return (count + kTileRows - 1) / kTileRows; }
 XL_FN size_t packed_elements(int count, int k) { return size_t(packed_groups(count) * packed_columns(count)) * size_t(k); }
 
-// The `count` <= Panel::rows rows of x, k elements each, for `multiply_tiles`: in `to`, packed_elements(count, k), or where they are.
+// The `count` <= Panel::rows rows of x, k elements each, for `multiply_tiles`: in `to`, packed_elements(count, k), or where they
+// are.
 __attribute__((noinline)) inline const bf16* pack_rows(const bf16* x, int stride, int k, int count, bf16* to) {
   if (count == 1) return x;
   const int columns = packed_columns(count);
@@ -81,8 +84,8 @@ __attribute__((noinline)) inline const bf16* pack_rows(const bf16* x, int stride
   return to;
 }
 
-// What is fetched while a panel is multiplied by some groups of activations: the same rows a little further on and then the start
-// of the next panel, if these groups are all; else a share of the next panel's rows.
+// What is fetched while a panel is multiplied by some groups of activations: if they are all, the panel's rows a little further
+// on and then the start of the next panel; else, meanwhile this panel is in the cache, a share of the next panel's rows.
 struct TileFetch {
   static constexpr int kAhead = 1024 / int(sizeof(bf16));
   const bf16* next;  // the next panel, contiguous, or null
@@ -142,8 +145,9 @@ XL_FN void store_tile_sums(const Tiles& tiles, int columns, int count, float* ou
 
 // A panel against G groups of activations, `count` rows in all.
 template <int G>
-__attribute__((noinline)) void multiply_groups(Tiles& tiles, const bf16* const (&w)[kTileRows], bool even_rows, const bf16* x, int k,
-                                               int columns, int count, TileFetch fetch, float* out, int out_stride) {
+__attribute__((noinline)) void multiply_groups(Tiles& tiles, const bf16* const (&w)[kTileRows], bool even_rows,
+                                               const bf16* x, int k, int columns, int count, TileFetch fetch, float* out,
+                                               int out_stride) {
   const size_t group = size_t(kTileRows) * k;
   tiles.zero<0>();
   tiles.zero<1>();
@@ -193,8 +197,8 @@ inline void multiply_tiles(Tiles& tiles, const bf16* const (&w)[kTileRows], cons
   }
 }
 
-// Whether a product of random numbers is what `tile_product` says, but for the last bits, and a row alone has the bits that it has
-// among others, which rule 3 needs.
+// Whether a product of random numbers is what `tile_product` says, but for the last bits, and a row alone has the bits that it
+// has among others, which rule 3 needs.
 inline bool tiles_agree() {
   constexpr int kDepth = 3 * kTileDepth;
   alignas(64) bf16 w[16][kDepth], x[16][kDepth], packed[16 * kDepth];
@@ -238,7 +242,7 @@ inline bool tiles_agree() {
 inline const char* tiles_refused() {
   static const char* const why =
       !tiles_permitted() ? "the operating system refuses the AMX tile registers: build without, CXX='g++ -DXL_NO_AMX'"
-      : !tiles_agree()   ? "this machine's AMX products are not those of Intel's manual: build without, CXX='g++ -DXL_NO_AMX'"
+      : !tiles_agree()   ? "this machine's AMX products are not Intel's: build without, CXX='g++ -DXL_NO_AMX'"
                          : nullptr;
   return why;
 }

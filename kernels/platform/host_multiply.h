@@ -12,6 +12,12 @@ template <class W, class A>
 struct Panel {
   static constexpr int block = kPanelRows, rows = 128;
   static constexpr bool packed = false;
+
+  // Rows of k elements that leave half of a second-level cache of 1 MiB to the weights of a tile.
+  static constexpr int rows_at_once(int k) {
+    const int fit = int((size_t(528) << 10) / (size_t(k) * sizeof(A))) / 3 * 3;
+    return fit > rows ? rows : fit > 3 ? fit : 3;
+  }
 };
 
 // All lanes in one thread.
@@ -109,15 +115,19 @@ XL_FN void multiply_rows(int rows, const W* const (&w)[kPanelRows], const A* x, 
   }
 }
 
-// One row of activations, bound by memory: one row of weights after the other, which the hardware follows best, and the next panel
-// fetched meanwhile, which it does not foresee.
+// One row of activations, bound by memory: one row of weights after the other, which the hardware follows best, and what comes up
+// to a panel later fetched meanwhile, which it does not foresee.
 template <class W, class A>
 XL_FN void multiply_one(const W* const (&w)[kPanelRows], const A* x, int k, const W* next, float* out) {
   using Read = Operands<HostLanes, W, A>;
-  const char* ahead = reinterpret_cast<const char*>(next ? next : w[0]);
+  constexpr int kLeadBytes = 16384;  // of what is fetched before what is read, in whole rows
+  const int rows = kLeadBytes / (k * int(sizeof(W))), lead = rows < 1 ? 1 : rows > kPanelRows ? kPanelRows : rows;
+  if (next == nullptr) next = w[0];
   VectorChunk acc[kPanelRows];
 #pragma GCC unroll 4
   for (int j = 0; j < kPanelRows; ++j) {
+    const W* fetched = j + lead < kPanelRows ? w[j + lead] : next + size_t(j + lead - kPanelRows) * k;
+    const char* ahead = reinterpret_cast<const char*>(fetched);
     VectorChunk one = VectorChunk::all(0.0f);
     int i = 0;
     for (; i + Read::kStep <= k; i += Read::kStep) {
@@ -136,18 +146,26 @@ XL_FN void multiply_one(const W* const (&w)[kPanelRows], const A* x, int k, cons
 // out[r * out_stride + j] = w[j] . x[r], r < count <= kMostRows, in the order of block_by_chunks. `next`: the panel that will be
 // read next, contiguous, which is fetched meanwhile, or null.
 template <int kMostRows, class W, class A>
-__attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], const A* x, int stride, int k, int count, const W* next, float* out,
-                          int out_stride) {
-  constexpr int kStretch = 4096 / int(sizeof(A));
+__attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], const A* x, int stride, int k, int count,
+                                              const W* next, float* out, int out_stride) {
+  constexpr int kStretch = 4096 / int(sizeof(A)), kLine = 64, kManyPasses = 8;
   if (count == 1) return multiply_one(w, x, k, next, out);
   // Long rows are taken in stretches that stay in the first-level cache with the activations of a pass.
   VectorChunk kept[kMostRows / kPassRows + 1][kPanelRows * kPassRows];
   const int passes = (count + kPassRows - 1) / kPassRows;
+  // Tensors of a file begin anywhere. A load across two lines costs two, so weights that are read often are moved first.
+  alignas(kLine) W moved[kPanelRows][kStretch];
+  const bool moves = passes >= kManyPasses && reinterpret_cast<uintptr_t>(w[0]) % kLine != 0;
   const size_t bytes = next ? size_t(kPanelRows) * k * sizeof(W) : 0;
   size_t fetched = 0;
   for (int begin = 0; begin < k; begin += kStretch) {
     const int end = begin + kStretch < k ? begin + kStretch : k;
-    const size_t line_bytes = size_t(end - begin) / Operands<HostLanes, W, A>::kStep * 64;  // one line a step
+    const size_t line_bytes = size_t(end - begin) / Operands<HostLanes, W, A>::kStep * kLine;  // one line a step
+    const W* panel[kPanelRows];
+    for (int j = 0; j < kPanelRows; ++j) {
+      if (moves) memcpy(moved[j], w[j] + begin, size_t(end - begin) * sizeof(W));
+      panel[j] = moves ? moved[j] - begin : w[j];
+    }
     for (int pass = 0; pass < passes; ++pass) {
       const int r = pass * kPassRows, rows = count - r < kPassRows ? count - r : kPassRows;
       const Stretch s{begin, end, begin == 0, end == k, kept[pass]};
@@ -155,15 +173,15 @@ __attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], c
       const A* from = x + size_t(r) * stride;
       float* to = out + size_t(r) * out_stride;
       if (fetched >= bytes) {
-        multiply_rows<0>(rows, w, from, stride, s, ahead, to, out_stride);
+        multiply_rows<0>(rows, panel, from, stride, s, ahead, to, out_stride);
       } else if (passes < 3) {
-        multiply_rows<8>(rows, w, from, stride, s, ahead, to, out_stride);
+        multiply_rows<8>(rows, panel, from, stride, s, ahead, to, out_stride);
         fetched += 8 * line_bytes;
       } else if (passes < 8) {
-        multiply_rows<3>(rows, w, from, stride, s, ahead, to, out_stride);
+        multiply_rows<3>(rows, panel, from, stride, s, ahead, to, out_stride);
         fetched += 3 * line_bytes;
       } else {
-        multiply_rows<1>(rows, w, from, stride, s, ahead, to, out_stride);
+        multiply_rows<1>(rows, panel, from, stride, s, ahead, to, out_stride);
         fetched += line_bytes;
       }
     }
@@ -174,8 +192,8 @@ __attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], c
 
 // out[r * out_stride + j] = w[j] . x[r], r < count, in the order of block_by_chunks. The last weight row may be named twice.
 template <int kMostRows, class W, class A>
-__attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], const A* x, int stride, int k, int count, const W*, float* out,
-                          int out_stride) {
+__attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], const A* x, int stride, int k, int count,
+                                              const W*, float* out, int out_stride) {
   HostLanes lanes;
   for (int j = 0; j < kPanelRows; j += 2) {
     const W* const two[2] = {w[j], w[j + 1]};

@@ -82,7 +82,7 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
   slot.computed += verified ? 1 + slot.n_accepted : slot.row_count;
   const uint64_t first_event = p.state->event_tail;
   int n_accepted = slot.n_accepted;
-  bool finished = false;
+  bool finished = false, counted = false;  // counted: the first event carries n_accepted
   for (int i = 0; i < slot.n_emitted && !finished; ++i) {
     const int token = slot.emitted[i];
     if (token >= 0) {
@@ -98,6 +98,7 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
       event.output_index = slot.length - slot.prompt_len - 1;
       event.n_drafts = verified && i == 0 ? slot.n_drafts : -1;
       event.n_accepted = verified && i == 0 ? slot.n_accepted : -1;
+      counted = counted || event.n_accepted >= 0;
       event.n_logprobs = slot.n_logprobs;
       write_event(p, event);
       ++record.n_tokens;
@@ -113,8 +114,8 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
   }
   if (verified) {
     record.n_accepted += n_accepted;
-    Event& first = ring_entry(p.events, p.event_capacity, first_event);
-    if (first.n_accepted >= 0) first.n_accepted = n_accepted;
+    // Written, never read back: on a GPU the ring lies in the host's memory.
+    if (counted) ring_entry(p.events, p.event_capacity, first_event).n_accepted = n_accepted;
   }
   if (finished) return true;
   if (slot.n_emitted > 0) slot.state = int(SlotState::kDecode);

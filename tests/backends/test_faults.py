@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -190,6 +191,24 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     line = one_line(xlpk(tmp_path, *arguments))
     assert "not logged to MLflow" in line
     assert "upload" in line
+    assert record.read_json(only_run(tmp_path) / record.STATUS)["status"] == "FINISHED"
+
+
+@pytest.mark.parametrize(("where", "said"), [(">&-", ""), ("> /dev/full", "No space left"), ("| head -c 1", "")])
+def test_standard_output_that_nobody_reads(tmp_path: Path, where: str, said: str) -> None:
+    """The run and its files are complete all the same."""
+    arguments = [*QUIET, "sampling.max_new_tokens=4", *backend_of_kind(QUIET)]
+    command = f"{shlex.join([sys.executable, '-m', 'xlpk.run', *arguments])} {where}"
+    link = tmp_path / "outputs" / "cache"
+    link.parent.mkdir()
+    link.symlink_to(CACHE)
+    command = f"set -o pipefail; {command}"
+    env = kinds.environment()
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert said in one_line(done) if said else done.stderr == ""
     assert record.read_json(only_run(tmp_path) / record.STATUS)["status"] == "FINISHED"
 
 

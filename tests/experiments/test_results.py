@@ -13,6 +13,7 @@ from xlpk.speculation import Oracle
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 TRAINING = {"tiny_model"}  # makes the model that ships; no run of the loop
+ON_A_GPU = {"gpu_suite", "microbench"}  # programs of their own; their results are by device
 
 
 def rows(experiment: str) -> list[dict[str, str]]:
@@ -21,7 +22,7 @@ def rows(experiment: str) -> list[dict[str, str]]:
 
 
 def test_a_folder_for_each_config() -> None:
-    assert {path.parent.name for path in (ROOT / "experiments").glob("*/README.md")} == {*CONFIGS, *TRAINING}
+    assert {path.parent.name for path in (ROOT / "experiments").glob("*/README.md")} == {*CONFIGS, *TRAINING, *ON_A_GPU}
 
 
 @pytest.mark.parametrize("experiment", CONFIGS)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from xlpk import config
 from xlpk.errors import InputError
-from xlpk.settings import Settings
+from xlpk.settings import LaunchedBackend, PersistentBackend, Settings
 from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
 from xlpk.workload import Prompts, Synthetic, biases
 
@@ -74,6 +74,9 @@ def test_groups_and_keys() -> None:
     assert composed("acceptance=greedy").acceptance == Greedy()
     assert not composed("acceptance=greedy", "sampling.temperature=0.8").lossless
     assert composed("backend.orchestration=launched", "backend.threads=3").backend.threads == 3
+    assert composed("backend=persistent", "backend.lease_ms=0").backend == PersistentBackend(lease_ms=0.0)
+    assert composed("backend=launched_phase", "backend.device=1").backend == LaunchedBackend(device=1, sync="phase")
+    assert composed("backend=graph").backend.orchestration == composed("backend=graph").backend.name == "graph"
     assert composed("kv.budget=16pages", "kv.page_size=32").kv.page_size == 32
     assert composed("tracking=none").tracking.name == "none"
     assert composed("workload=synthetic", "model=llama_1b_shape").workload == Synthetic()
@@ -104,7 +107,7 @@ def test_each_option_composes_and_says_what_it_is(group: str) -> None:
         extra = {"spec=none": ["mode=serial_decode"], "model=hf": ["model.path=x"]}.get(f"{group}={option}", [])
         settings = composed(f"{group}={option}", *extra)
         if group not in ("experiment", "mode"):
-            assert settings.resolved[group]["name"] == option
+            assert settings.resolved[group]["name"] == {"launched_phase": "launched"}.get(option, option)
         assert (folder / f"{option}.yaml").read_text().startswith("# "), f"{group}/{option}.yaml needs a comment"
 
 
@@ -163,6 +166,12 @@ def test_each_option_composes_and_says_what_it_is(group: str) -> None:
         (["model=hf"], "model.path", "null", "a folder"),
         (["backend.orchestration=graph"], "backend.orchestration", "graph", "persistent, launched"),
         (["backend.threads=-1"], "backend.threads", "-1", "0 to"),
+        (["backend=persistent", "backend.threads=2"], "backend.threads", "2", "no such key of backend=persistent"),
+        (["backend=persistent", "backend.lease_ms=-1"], "backend.lease_ms", "-1.0", "0 (never) or 1 to"),
+        (["backend=persistent", "backend.heartbeat_ms=nan"], "backend.heartbeat_ms", "nan", "0 (never) or 1 to"),
+        (["backend=launched", "backend.sync=row"], "backend.sync", "row", "one of step, phase"),
+        (["backend=graph", "backend.device=-1"], "backend.device", "-1", "0 to"),
+        (["run.deadline_s=0"], "run.deadline_s", "0.0", "1 to 1000000 s"),
         (["tracking.timeout_s=0"], "tracking.timeout_s", "0.0", "above 0"),
         (["run.json=maybe"], "run.json", "maybe", "bool"),
         (["run.outputs="], "run.outputs", "''", "a folder"),

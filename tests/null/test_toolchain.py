@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,23 @@ def test_flags_forbid_contraction() -> None:
     assert "-ffp-contract=off" in toolchain.CXX_FLAGS
     assert "-fmad=false" in toolchain.NVCC_FLAGS
     assert not {"-ffast-math", "-Ofast", "--use_fast_math"} & {*toolchain.CXX_FLAGS, *toolchain.NVCC_FLAGS}
+
+
+def test_without_nvcc_a_cubin_of_the_same_sources_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def compiled(command: Sequence[str], target: Path) -> tuple[str, float]:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"cubin")
+        return "", 1.0
+
+    def build(**defines: str) -> toolchain.Build:
+        return toolchain.build_cubin("launched.cu", tmp_path, arch="sm_90a", defines=defines)
+
+    monkeypatch.setattr(toolchain, "_compile", compiled)
+    monkeypatch.setattr(toolchain, "version_line", lambda command: "release 13.0")
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: "nvcc")
+    made = build(XL_HIDDEN_SIZE="64")
+    assert (made.cached, build(XL_HIDDEN_SIZE="64").cached) == (False, True)
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
+    assert build(XL_HIDDEN_SIZE="64").path == made.path
+    with pytest.raises(ToolError, match="nvcc was not found"):
+        build(XL_HIDDEN_SIZE="128")

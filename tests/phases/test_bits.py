@@ -88,6 +88,12 @@ def test_dot_has_one_order(cache: Path, dtype: str, rounded: bool) -> None:
         for count in (*range(1, 10), 24, 128, 130, 131):
             if count <= most:
                 assert shim.dot(w, x[:count], plain=False).tobytes() == plain[:count].tobytes()
+        for begin in (0, 1):  # on a cache line or across two: many rows move what lies across
+            memory = np.empty(w.size + 64, w.dtype)
+            begin += -memory.ctypes.data % 64 // w.itemsize
+            moved = memory[begin : begin + w.size].reshape(w.shape)
+            moved[:] = w
+            assert shim.dot(moved, x, plain=False).tobytes() == plain.tobytes()
         for r in range(0, most, 5):
             assert shim.dot(w[:3], x[r : r + 1], plain=False).tobytes() == plain[r, :3].tobytes()
 

@@ -1,6 +1,6 @@
-// AMX for a processor without it: to be preloaded. Catches the illegal instructions of tile code, carries them out on memory of the
-// thread, and grants the permission that the kernel refuses. What the compiler made is run as it is: operands, addresses, shapes.
-// XL_TRAPS_WRONG in the environment: products lose their last column's sign, as no processor should.
+// AMX for a processor without it: to be preloaded. Catches the illegal instructions of tile code, carries them out on memory of
+// the thread, and grants the permission that the kernel refuses. What the compiler made runs as it is: operands, addresses,
+// shapes. XL_TRAPS_WRONG in the environment: products lose their last column's sign, as no processor should.
 
 #include <dlfcn.h>
 #include <signal.h>

@@ -33,7 +33,7 @@ class GpuBackend(Submitter):
     """Base of persistent, launched and graph. `source`: the file in kernels/ that holds its kernels."""
 
     source = ""
-    _held = ("_module", "_kernel", "_patch", "_phases")  # attributes that hold objects of the context
+    _held = ("_module", "_kernel", "_patch", "_calls")  # attributes that hold objects of the context
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class GpuBackend(Submitter):
         """`ordinal`: of the device. `teams`: 0: one a multiprocessor. `spin_deadline_s`: the longest wait at a barrier.
         `debug_logits`: keep the logits of slot 0 by position. `progress`: of the upload. `options`: as of Submitter."""
         self._device: Device | None = None
+        self._started = False
         super().__init__(**options)
         self._ordinal, self._teams, self._spin_deadline_s = ordinal, teams, spin_deadline_s
         self._debug_logits, self._progress = debug_logits, progress
@@ -60,11 +61,6 @@ class GpuBackend(Submitter):
     def device(self) -> Device:
         assert self._device is not None, "the backend is not open"
         return self._device
-
-    @property
-    def threads(self) -> int:
-        """Threads of the host that run phases: none."""
-        return 0
 
     def open(self, model: Model, plan: KVPlan) -> None:
         self._device = device = Device(self._ordinal)
@@ -96,6 +92,7 @@ class GpuBackend(Submitter):
             "upload_bytes": str(weights.nbytes),
             "upload_seconds": f"{weights.seconds:.3f}",
         }
+        self._started = True
         self._start()
 
     def _times(self) -> dict[str, float]:
@@ -144,7 +141,7 @@ class GpuBackend(Submitter):
             return self._report
         stopped = False
         try:
-            stopped = self._memory is None or self._stop()
+            stopped = not self._started or self._stop()
         except (BackendError, self._device.cuda.Error):
             stopped = False
         finally:

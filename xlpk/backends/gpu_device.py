@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from xlpk.errors import BackendError, HangError, InputError, ToolError
 from xlpk.units import format_bytes
 
 INSTALL = "pip install 'xlpk[cuda]' (docs/cuda.md)"
+Call = tuple[Any, bytes]  # a kernel and its parameters
 SPIN_S = 0.005
 _ALLOCATORS = ("mem_alloc", "mem_alloc_pitch", "managed_empty", "pagelocked_empty", "pagelocked_zeros")
 
@@ -144,6 +145,13 @@ class Device:
         """One kernel onto the stream; returns at once. `arguments`: laid out as the kernel's parameters."""
         function._launch_kernel((teams, 1), (threads, 1, 1), arguments, shared_bytes, self.stream)
         self.counts.launches += 1
+
+    def launch_all(self, calls: Sequence[Call], teams: int, threads: int, shared_bytes: int) -> None:
+        """Many kernels onto the stream, with as little of Python in between as there can be."""
+        grid, block, stream = (teams, 1), (threads, 1, 1), self.stream
+        for function, arguments in calls:
+            function._launch_kernel(grid, block, arguments, shared_bytes, stream)
+        self.counts.launches += len(calls)
 
     def copy_in(self, to: int, array: np.ndarray[Any, Any]) -> None:
         """Page-locked host memory -> device, on the stream."""

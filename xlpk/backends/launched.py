@@ -7,6 +7,7 @@ phase: the naive extreme.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from xlpk import layout
 from xlpk.backend import Event
 from xlpk.backends.gpu import STOP_S, GpuBackend
+from xlpk.backends.gpu_device import Call
 from xlpk.backends.gpu_memory import GpuMemory, Session, mirrored_memory
 from xlpk.backends.upload import DeviceWeights
 from xlpk.errors import BackendError, InputError
@@ -55,10 +57,13 @@ class LaunchedBackend(GpuBackend):
         self._patch = self._function("xl_apply_patches"), self._arguments()
         names = dict.fromkeys(phase for phase, _ in layout.phase_sequence(1))
         functions = {phase: self._function(f"xl_phase_{layout.PHASE_NAMES[phase]}") for phase in names}
-        self._phases = [
-            (phase, functions[phase], self._arguments(layer))
+        calls = [
+            (phase, (functions[phase], self._arguments(layer)))
             for phase, layer in layout.phase_sequence(self._model.config.num_hidden_layers)
         ]
+        self._calls: dict[bool, list[Call]] = {  # by whether there is a filter phase
+            filters: [call for phase, call in calls if phase != _FILTER or filters] for filters in (False, True)
+        }
         # What the device has: see xl_collect_patches.
         self._sent_pages = np.zeros_like(memory["page_table"])
         self._sent_ids = np.zeros(slots, np.uint64)
@@ -133,18 +138,20 @@ class LaunchedBackend(GpuBackend):
         descriptor, readback = self._descriptor, self._readback
         device.copy_in(descriptor.device_address, descriptor.bytes)
         if shape.patched:
-            self._launch(*self._patch)
-        for phase, function, arguments in self._phases:
-            if phase != _FILTER or shape.filters:
-                self._launch(function, arguments)
-                if self.sync == "phase":
-                    device.synchronize(self._hang_s)
+            self._launch([self._patch])
+        calls = self._calls[shape.filters]
+        if self.sync == "step":
+            self._launch(calls)
+        else:
+            for call in calls:
+                self._launch([call])
+                device.synchronize(self._hang_s)
         size = readback.arena.size if shape.filters else readback.arena.offsets["row_logprobs"]
         device.copy_out(readback.bytes[:size], readback.device_address)
 
-    def _launch(self, function: Any, arguments: bytes) -> None:
+    def _launch(self, calls: Sequence[Call]) -> None:
         assert self._memory is not None
-        self.device.launch(function, self.teams, layout.GPU_THREADS, arguments, self._memory.shared_bytes)
+        self.device.launch_all(calls, self.teams, layout.GPU_THREADS, self._memory.shared_bytes)
 
     def _take_times(self) -> None:
         """Phases' times of the step, of team 0's clock: the device adds them up, control publishes them."""

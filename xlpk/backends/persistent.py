@@ -113,9 +113,17 @@ class PersistentBackend(GpuBackend):
         self._report.details["census_seconds"] = f"{time.monotonic() - begin_s:.4f}"
 
     def clock_ns(self) -> int:
-        """The device clock, asked of the idle loop; 0: it is busy."""
-        self._keep_resident(always=True)
-        return int(self.library.dll.xl_ping(self._params, 1_000_000_000))
+        """The device clock, asked of the idle loop. BackendError: it is busy, or does not see the host's words."""
+        for _ in range(5):  # a launch may be leaving
+            self._keep_resident(always=True)
+            before_ns = time.monotonic_ns()
+            now_ns = int(self.library.dll.xl_ping(self._params, 500_000_000))
+            if now_ns:
+                error_ns = (time.monotonic_ns() - before_ns) // 2
+                self._report.clock_error_ns = min(error_ns, self._report.clock_error_ns or error_ns)
+                return now_ns
+            self._raise_if_aborted()
+        raise BackendError("the loop does not tell the time: it is busy, or it does not see the host's words")
 
     def submit(self, request: Any) -> bool:
         done = super().submit(request)

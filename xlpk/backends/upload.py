@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,13 @@ import numpy as np
 
 from xlpk import layout
 from xlpk.backends.gpu_device import Device
+from xlpk.backends.library import usable_cores
 from xlpk.kv import KVPlan
 from xlpk.model import Model
 
 STAGING_BYTES = 32 << 20  # of one buffer
+FILLERS = 8  # threads that fill a buffer; one alone copies slower than the link does
+_PART_BYTES = 1 << 20  # the least that is worth a thread
 _ALIGNMENT = 256
 
 Progress = Callable[[int, int], None]  # (bytes copied, bytes in all)
@@ -108,6 +112,7 @@ def _copy(device: Device, pieces: list[tuple[int, _Piece]], progress: Progress |
     cuda, total, done = device.cuda, sum(piece.nbytes for _, piece in pieces), 0
     size = min(STAGING_BYTES, max(piece.nbytes for _, piece in pieces))
     buffers = [device.locked(size) for _ in range(2)]
+    pool = ThreadPoolExecutor(min(FILLERS, usable_cores()))
     copied = [cuda.Event(cuda.event_flags.DISABLE_TIMING) for _ in range(2)]
     turn = 0
     try:
@@ -117,7 +122,7 @@ def _copy(device: Device, pieces: list[tuple[int, _Piece]], progress: Progress |
                 buffer, event = buffers[turn % 2], copied[turn % 2]
                 if turn >= 2:
                     event.synchronize()
-                ctypes.memmove(buffer.ctypes.data, piece.address + begin, count)
+                _fill(pool, buffer.ctypes.data, piece.address + begin, count)
                 cuda.memcpy_htod_async(target + begin, buffer[:count], device.stream)
                 event.record(device.stream)
                 turn += 1
@@ -129,5 +134,16 @@ def _copy(device: Device, pieces: list[tuple[int, _Piece]], progress: Progress |
         with contextlib.suppress(cuda.Error):
             device.stream.synchronize()  # nothing copies from the buffers any more; `close` frees them
         raise
+    finally:
+        pool.shutdown()
     for buffer in buffers:
         device.release(buffer)
+
+
+def _fill(pool: ThreadPoolExecutor, to: int, source: int, count: int) -> None:
+    """Copies host memory, in parts by the pool's threads; ctypes lets go of the interpreter meanwhile."""
+    part = max(_PART_BYTES, -(-count // FILLERS))
+    if count <= part:
+        ctypes.memmove(to, source, count)
+        return
+    list(pool.map(lambda at: ctypes.memmove(to + at, source + at, min(part, count - at)), range(0, count, part)))

@@ -1,0 +1,222 @@
+"""Everything that wants a real GPU, in one command that can be interrupted and resumed.
+
+    python experiments/gpu_suite/run.py [--out FOLDER] [--only NAME,...] [--again] [--seconds N]
+
+Each job is a process with a deadline; what it found is in `suite.json` as soon as it ends, and jobs that are in it
+already are not run again. Without `--out` results go to `experiments/results/<device>/`, from which they are committed;
+the stand-in driver may not write there. `suite.md` is the same for people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = ROOT / "experiments" / "results"
+SCHEMA = 1
+ORCHESTRATIONS = "persistent,graph,launched,launched_phase"
+SUITE = ("test_contract.py", "test_equality.py", "test_sampling.py", "test_gpu_resident.py", "test_gpu_sweep.py")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process. `read`: what its output and its folder come to."""
+
+    name: str
+    command: list[str]
+    deadline_s: float
+    read: Callable[[subprocess.CompletedProcess[str], Path], Any]
+
+
+def lines(done: subprocess.CompletedProcess[str], folder: Path) -> list[str]:
+    return done.stdout.splitlines()[-40:]
+
+
+def as_json(done: subprocess.CompletedProcess[str], folder: Path) -> Any:
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def swept(done: subprocess.CompletedProcess[str], folder: Path) -> list[dict[str, Any]]:
+    """The points of the only sweep in the job's folder: overrides, status, metrics, raw gaps between tokens."""
+    points = []
+    for point in sorted(folder.glob("outputs/sweeps/*/*/*/status.json")):
+        status = json.loads(point.read_text())
+        metrics, log = point.with_name("metrics.json"), point.with_name("events.jsonl")
+        gaps: list[int] = []
+        if log.exists():
+            steps = [json.loads(line) for line in log.read_text().splitlines() if '"event":"step"' in line]
+            ends = [step["end_ns"] for step in steps if not step.get("warmup") and step["n_decode"]]
+            gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
+        points.append(
+            {
+                "overrides": status.get("overrides", []),
+                "status": status["status"],
+                "error": status.get("error"),
+                "metrics": json.loads(metrics.read_text()) if metrics.exists() else {},
+                "step_gap_ns": gaps,
+            }
+        )
+    return points
+
+
+def jobs(out: Path) -> list[Job]:
+    python = sys.executable
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    suite = [str(ROOT / "tests" / "backends" / name) for name in SUITE]
+    tax = [python, "-m", "xlpk.run", "-m", "experiment=launch_tax", "tracking=none", f"backend={ORCHESTRATIONS}"]
+    big = ["model=llama_1b_shape", "model.max_len=1024", "workload=synthetic", "workload.requests=1"]
+    shape = ["workload.prompt_len=128", "workload.output_len=128"]
+    found = [
+        Job("doctor", [python, "-m", "xlpk.cli", "doctor", "--json"], 120, as_json),
+        Job("microbench", [python, str(ROOT / "experiments" / "microbench" / "run.py"), "--out", str(out)], 300, lines),
+        Job("numerics", [*pytest, str(ROOT / "tests" / "gpu")], 200, lines),
+        Job("contract", [*pytest, "-m", "heavy", *suite], 400, lines),
+        Job("launch_tax", tax, 200, swept),
+        Job("llama_1b_shape", [*tax, *big, *shape], 300, swept),
+        Job("hazards", [python, str(HERE / "hazards.py")], 120, as_json),
+    ]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer:
+        small = ["backend=launched", "tracking=none", "sampling.max_new_tokens=4", "workload.requests=1"]
+        for tool in ("memcheck", "racecheck"):
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "xlpk.run", *small]
+            found.append(Job(f"sanitizer {tool}", command, 300, lines))
+    return [job for job in found if Path(job.command[1]).suffix != ".py" or Path(job.command[1]).exists()]
+
+
+def run(job: Job, folder: Path) -> dict[str, Any]:
+    """The job's record: exit code, seconds, result or the end of what it said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    where = folder if job.command[1:2] == ["-m"] and "pytest" not in job.command else ROOT
+    cache = folder / "outputs" / "cache"
+    if not cache.exists():
+        (ROOT / "outputs" / "cache").mkdir(parents=True, exist_ok=True)
+        cache.parent.mkdir(exist_ok=True)
+        cache.symlink_to(ROOT / "outputs" / "cache")
+    process = subprocess.Popen(
+        job.command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=job.deadline_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        out, err = process.communicate()
+        err += f"\nkilled after {job.deadline_s:g} s"
+    record: dict[str, Any] = {"exit_code": process.returncode, "seconds": round(time.monotonic() - begin, 1)}
+    try:
+        done = subprocess.CompletedProcess(job.command, process.returncode, out, err)
+        record["result"] = job.read(done, folder)
+    except (ValueError, LookupError, OSError) as error:
+        record["unreadable"] = f"{type(error).__name__}: {error}"
+    if process.returncode:
+        record["said"] = [*out.splitlines()[-15:], *err.splitlines()[-25:]]
+    return record
+
+
+def machine() -> dict[str, Any]:
+    """Which device, driver and commit."""
+    from xlpk.backends import driver
+    from xlpk.backends.gpu_device import import_driver
+
+    cuda = import_driver()
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "schema": SCHEMA,
+        "device": cuda.Device(0).name(),
+        "uuid": driver.device_uuid(0),
+        "driver_cuda": list(driver.driver_version()),
+        "commit": git.stdout.strip() or None,
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def markdown(suite: dict[str, Any]) -> str:
+    """The suite for people: states of the jobs, the doctor's lines, the tables of the sweeps."""
+    about = suite["machine"]
+    out = [f"# {about['device']}", "", f"Commit `{about['commit']}`, CUDA {about['driver_cuda']}, {about['date']}.", ""]
+    out += ["| job | exit code | seconds |", "|---|---|---|"]
+    out += [f"| {name} | {job['exit_code']} | {job['seconds']} |" for name, job in suite["jobs"].items()]
+    for finding in suite["jobs"].get("doctor", {}).get("result", []):
+        out.append(f"- {finding['state']}: {finding['name']}: {finding['value']}")
+    columns = {
+        "device ITL p50, ms": "device_latency/itl_ms.p50",
+        "TTFT p50, ms": "latency/ttft_ms.p50",
+        "launches": "host/launches",
+        "syncs": "host/syncs",
+        "copies in": "host/h2d_copies",
+        "copies out": "host/d2h_copies",
+    }
+    for name in ("launch_tax", "llama_1b_shape"):
+        points = suite["jobs"].get(name, {}).get("result")
+        if not points:
+            continue
+        out += ["", f"## {name}", "", f"| backend | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for point in points:
+            backend = next((o for o in point["overrides"] if o.startswith("backend=")), "?").removeprefix("backend=")
+            values = [point["metrics"].get(key) for key in columns.values()]
+            shown = ["-" if value is None else f"{value:.4g}" for value in values]
+            out.append(
+                f"| {backend} | {' | '.join(shown)} |" if point["metrics"] else f"| {backend} | {point['error']} |"
+            )
+    hazards = suite["jobs"].get("hazards", {}).get("result", {})
+    if hazards:
+        out += ["", "## hazards", "", *(f"- {name}: {value}" for name, value in hazards.items())]
+    return "\n".join(out) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results (experiments/results/<device>)")
+    parser.add_argument("--only", help="names of jobs, with commas between them")
+    parser.add_argument("--again", action="store_true", help="run jobs that suite.json has already")
+    parser.add_argument("--seconds", type=float, default=570.0, help="begin no job after this long (570)")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    about = machine()
+    if args.out is None and "stand-in" in about["device"]:
+        print("the stand-in driver may not write results: give --out FOLDER", file=sys.stderr)
+        return 2
+    out = (args.out or RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", about["device"]).strip("-").lower()).resolve()
+    if "stand-in" in about["device"] and out.is_relative_to(RESULTS):
+        print(f"the stand-in driver may not write results into {RESULTS}", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "suite.json"
+    suite = json.loads(file.read_text()) if file.exists() else {"machine": about, "jobs": {}}
+    wanted = args.only.split(",") if args.only else None
+    for job in jobs(out):
+        if (wanted and job.name not in wanted) or (job.name in suite["jobs"] and not args.again):
+            continue
+        if time.monotonic() - begin > args.seconds:
+            print(f"{job.name}: no time left; the same command goes on from here", flush=True)
+            continue
+        scratch = ROOT / "outputs" / "gpu_suite" / job.name.replace(" ", "-")
+        shutil.rmtree(scratch, ignore_errors=True)
+        suite["jobs"][job.name] = run(job, scratch)
+        file.write_text(json.dumps(suite, indent=1) + "\n")
+        (out / "suite.md").write_text(markdown(suite))
+        done = suite["jobs"][job.name]
+        print(f"{job.name}: exit code {done['exit_code']}, {done['seconds']} s", flush=True)
+    print(f"{out / 'suite.md'}")
+    return int(any(job["exit_code"] for job in suite["jobs"].values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
