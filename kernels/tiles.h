@@ -29,7 +29,10 @@ template <int M, int R, class Team, class Rows, class A, class Sink>
 XL_FN void tile_rows(Team& team, Rows row, int n, int width, const A* x, int stride, int k, int first, Sink sink) {
   constexpr int kTile = Team::tile, kBlock = Team::block;
   float values[R][M][kTile];
-  for (int j = 0; j < width; j += kBlock)
+  XL_UNROLL
+  for (int j = 0; j < kTile; j += kBlock) {
+    if (j >= width) break;
+    XL_UNROLL
     for (int m = 0; m < M; ++m) {
       decltype(row(0, 0)) w[kBlock];
       for (int b = 0; b < kBlock; ++b) w[b] = row(m, n + (j + b < width ? j + b : width - 1));
@@ -38,6 +41,8 @@ XL_FN void tile_rows(Team& team, Rows row, int n, int width, const A* x, int str
       for (int b = 0; b < kBlock; ++b)
         for (int r = 0; r < R; ++r) values[r][m][j + b] = out[b][r];
     }
+  }
+  XL_UNROLL
   for (int r = 0; r < R; ++r) sink(n, width, first + r, values[r]);
 }
 

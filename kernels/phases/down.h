@@ -13,7 +13,7 @@ XL_FN void phase_down(Team& team, const Grid& grid, const Params& p, const Dims&
   const RowMajor<W> matrix(p.layers[layer].down_proj, ffn);
   const auto* act = static_cast<const Activation<W>*>(p.act);
   const float* bias = p.layers[layer].down_bias;
-  const Range units = grid.share(team, d.hidden_size, Team::tile > 8 ? Team::tile : 8);
+  const Range units = grid.share(team, d.hidden_size, Team::granule);
   dot_tiles<1>(
       team, [&](int, int n) { return matrix.row(n); }, units.begin, units.end, act, ffn, ffn, p.step->n_rows,
       [&](int n, int width, int r, auto& values) {

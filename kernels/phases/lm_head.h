@@ -18,7 +18,7 @@ XL_FN void phase_lm_head(Team& team, const Grid& grid, const Params& p, const Di
   const RowMajor<W> matrix(p.lm_head, hidden);
   const size_t per_row = hidden * sizeof(A) + Team::warps * 2 * sizeof(uint64_t);  // a normed row, each warp's two maxima
   const int tile = rows_that_fit(p, per_row, n_sampled);
-  const Range units = grid.share(team, d.vocab_size, Team::tile > 8 ? Team::tile : 8);
+  const Range units = grid.share(team, d.vocab_size, Team::granule);
   A* normed = reinterpret_cast<A*>(team.scratch());
   for (int first = 0; first < n_sampled; first += tile) {
     const int count = n_sampled - first < tile ? n_sampled - first : tile;

@@ -42,7 +42,7 @@ XL_FN void phase_output(Team& team, const Grid& grid, const Params& p, const Dim
   const RowMajor<W> matrix(p.layers[layer].o_proj, width);
   const int n_rows = p.step->n_rows, tile = rows_that_fit(p, width * sizeof(A), n_rows);
   const float* bias = p.layers[layer].o_bias;
-  const Range units = grid.share(team, d.hidden_size, Team::tile > 8 ? Team::tile : 8);
+  const Range units = grid.share(team, d.hidden_size, Team::granule);
   A* merged = reinterpret_cast<A*>(team.scratch());
   for (int first = 0; first < n_rows; first += tile) {
     const int count = n_rows - first < tile ? n_rows - first : tile;

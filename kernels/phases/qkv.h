@@ -15,7 +15,7 @@ XL_FN void phase_qkv(Team& team, const Grid& grid, const Params& p, const Dims& 
   const int hidden = d.hidden_size, half = d.head_dim / 2;
   const int q_heads = d.num_attention_heads, kv_heads = d.num_key_value_heads;
   const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden * sizeof(A), n_rows);
-  const Range units = grid.share(team, (q_heads + 2 * kv_heads) * half, Team::tile > 4 ? Team::tile : 4);
+  const Range units = grid.share(team, (q_heads + 2 * kv_heads) * half, Team::granule);
   A* normed = reinterpret_cast<A*>(team.scratch());
   for (int first = 0; first < n_rows; first += tile) {
     const int count = n_rows - first < tile ? n_rows - first : tile;

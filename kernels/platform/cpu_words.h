@@ -7,6 +7,7 @@
 #include <time.h>
 
 #define XL_FN inline
+#define XL_UNROLL
 
 namespace xl {
 

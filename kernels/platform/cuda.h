@@ -2,6 +2,7 @@
 #pragma once
 
 #define XL_FN __device__ __forceinline__
+#define XL_UNROLL _Pragma("unroll")  // of a loop whose arrays are to be registers
 
 namespace xl {
 
@@ -122,7 +123,7 @@ XL_FN void load8(const float* from, float (&to)[8]) {
 template <int Threads, int Lanes>
 struct CudaTeam {
   static constexpr int threads = Threads, lanes = Lanes, warps = Threads / Lanes;
-  static constexpr int tile = 1, block = 1, rows = 4, panel_rows = 0;
+  static constexpr int tile = 1, granule = 1, in_flight = 16, block = 1, rows = 4, panel_rows = 0;
   using Chunk = LaneChunk<Lanes>;
 
   float* scratch_;     // dynamic shared memory
@@ -147,6 +148,7 @@ struct CudaTeam {
     Chunk acc[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) acc[r] = Chunk::all(0.0f);
+#pragma unroll(R == 1 ? 8 : 4)
     for (int i = lane() * 8; i < k; i += Lanes * 8) {
       float weight[8];
       load8(w + i, weight);

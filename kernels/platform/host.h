@@ -7,7 +7,7 @@ namespace xl {
 
 struct HostTeam : HostLanes {
   static constexpr int threads = 1, lanes = 1, warps = 1;
-  static constexpr int tile = 16, block = kPanelRows, rows = 1, panel_rows = Panel<float, float>::rows;
+  static constexpr int tile = 16, granule = 16, in_flight = 1, block = kPanelRows, rows = 1, panel_rows = Panel<float, float>::rows;
 
   float* scratch_;
   int shared_int_ = 0;

@@ -11,6 +11,7 @@
 //   scratch()                              memory that the team shares, Params.scratch_floats floats
 //   shared_ints()                          `threads` ints that the team shares
 //   Chunk, Pairs                           this lane's part of 32 consecutive elements (load, store, fma, sum, ...), of 64 bf16
+//   granule, in_flight                     units that a warp's share is dealt in; chunks that a warp loads before it stores
 //   tile, block                            units of work a multiply takes at a time, weight rows in registers or in the cache
 //   rows, panel_rows                       activations in registers; the most that a panel takes, 0: there is no dot_panel
 //   dot_block<N, R>(w, x, stride, k, out)  out[j][r] = w[j][0..k) . x[r * stride ..], j < N; k a multiple of 32; a whole warp

@@ -36,7 +36,7 @@ struct RaceShared {
 template <int Threads, int Lanes>
 struct RaceTeam {
   static constexpr int threads = Threads, lanes = Lanes, warps = Threads / Lanes;
-  static constexpr int tile = 4, block = 2, rows = 2, panel_rows = 0;  // others than anywhere else
+  static constexpr int tile = 4, granule = 4, in_flight = 2, block = 2, rows = 2, panel_rows = 0;  // others than anywhere else
   using Chunk = LaneChunk<Lanes>;
   using Pairs = LanePairs<Lanes>;
   using Shared = RaceShared<Threads, Lanes>;

@@ -176,6 +176,7 @@ RELAXED_ARRIVE = "__atomic_fetch_add(&state->arrivals, uint64_t(1), __ATOMIC_REL
 AWAIT = "load_acquire(&state->arrivals) < target"
 RELAXED_AWAIT = "__atomic_load_n(&state->arrivals, __ATOMIC_RELAXED) < target"
 NORMED = """.store(out + size_t(r) * n + i, lane);
+    }
   }
   team.sync();"""
 TILE = "    team.sync();  // the next tile overwrites `{}`\n"
@@ -268,7 +269,7 @@ FAULTS = {
         "max_relaxed(&p.best[2 * first + i], best[i]);",
         "if (p.best[2 * first + i] < best[i]) p.best[2 * first + i] = best[i];",
     ),
-    "one normed row too many": Fault("phases/norm.h", "r < count; r += Team::warps", "r <= count; r += Team::warps"),
+    "one normed row too many": Fault("phases/norm.h", "item < count * parts; item", "item <= count * parts; item"),
     "address: a row behind the last one": Fault(
         "phases/embed.h",
         "p.best[2 * r] = p.best[2 * r + 1] = 0;",
