@@ -80,6 +80,7 @@ def finish(backend: Submitter, requests: Sequence[Request], *, timeout_s: float 
         gather(events, outputs, steps)
         if not events:
             time.sleep(0.0002)
+    gather(backend.poll(), outputs, steps)  # step records published with the last events
     return Result(outputs, steps)
 
 

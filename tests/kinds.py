@@ -88,7 +88,7 @@ def make(**options: Any) -> Any:
     if current == "persistent":
         from xlpk.backends.persistent import PersistentBackend
 
-        return PersistentBackend(**options)
+        return PersistentBackend(**{"watch": False} | options)  # a process a test; test_gpu_faults has it
     if current == "launched":
         from xlpk.backends.launched import LaunchedBackend
 

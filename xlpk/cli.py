@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from xlpk.errors import BackendError, InputError, ToolError
+from xlpk.isolate import leave_if_lost
 
 SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}  # 2 processes, not 10
 
@@ -102,13 +103,15 @@ def main(argv: list[str] | None = None) -> int:
         return run.main(argv[1:])
     args = _parser().parse_args(argv)
     try:
-        return int(args.call(args))
+        code = int(args.call(args))
     except (InputError, ToolError, BackendError) as error:
         print(f"xlpk: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        code = error.exit_code
     except KeyboardInterrupt:
         print("xlpk: interrupted", file=sys.stderr)
-        return 130
+        code = 130
+    leave_if_lost(code)
+    return code
 
 
 if __name__ == "__main__":

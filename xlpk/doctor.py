@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,12 +21,14 @@ import numpy as np
 
 from xlpk.errors import BackendError, InputError, ToolError
 from xlpk.kv import KV, KVPlan
+from xlpk.settings import PersistentBackend as Settings
 from xlpk.toolchain import find_cxx, find_nvcc, version_line
 from xlpk.units import format_bytes
 from xlpk.workload import Request
 
 COPY_BYTES = 256 << 20
 PINGS = 1000
+DEFAULTS = Settings()
 WELL, ABSENT, BROKEN = "ok", "absent", "broken"
 
 
@@ -68,14 +71,27 @@ def _guarded(name: str, look: Callable[[], str], advice: str) -> Finding:
 def _about_driver(cuda: Any) -> Iterator[Finding]:
     from xlpk.backends import driver
 
-    major, minor = driver.driver_version()
+    newest = driver.driver_version()
     yield Finding("PyCUDA", WELL, importlib.metadata.version("pycuda"))
-    yield Finding("NVIDIA driver", WELL, f"CUDA up to {major}.{minor}, {cuda.Device.count()} device(s)")
+    yield Finding("NVIDIA driver", WELL, f"CUDA up to {newest[0]}.{newest[1]}, {cuda.Device.count()} device(s)")
     nvcc = find_nvcc()
     if nvcc:
-        yield Finding("CUDA toolkit", WELL, version_line(nvcc))
+        yield toolkit(version_line(nvcc), newest)
     else:
         yield Finding("CUDA toolkit", ABSENT, "nvcc is not on PATH", "needed once a model, to compile its kernels")
+
+
+def toolkit(release: str, newest: tuple[int, int]) -> Finding:
+    """`release`: nvcc's line. A driver runs what any toolkit of its own CUDA generation compiled, not a later one's."""
+    found = re.search(r"release (\d+)\.(\d+)", release)
+    if found is None or int(found[1]) <= newest[0]:
+        return Finding("CUDA toolkit", WELL, release)
+    return Finding(
+        "CUDA toolkit",
+        BROKEN,
+        f"{release}, but the driver runs CUDA {newest[0]}.x only",
+        f"install a driver for CUDA {found[1]}, or put the nvcc of a CUDA {newest[0]} toolkit first on PATH",
+    )
 
 
 def _about_device(cuda: Any, ordinal: int, cache: Path) -> Iterator[Finding]:
@@ -110,7 +126,14 @@ def _about_device(cuda: Any, ordinal: int, cache: Path) -> Iterator[Finding]:
             "eager" if eager else "lazy",
             "" if eager else "unset CUDA_MODULE_LOADING: a kernel that loads lazily waits for the resident one",
         )
-        yield _sensors(ordinal, where)
+        limited = cuda.Device(ordinal).get_attribute(cuda.device_attribute.KERNEL_EXEC_TIMEOUT)
+        yield Finding(
+            f"{where}: kernel time limit",
+            WELL,
+            "kernels are killed after some seconds: a display runs on it" if limited else "none",
+            f"keep backend.lease_ms at {DEFAULTS.lease_ms:g} or below, never 0" if limited else "",
+        )
+        yield _sensors(driver.device_uuid(ordinal), where)
         yield from _copies(cuda, device, where)
     except (BackendError, cuda.Error) as error:
         lost = True
@@ -121,7 +144,8 @@ def _about_device(cuda: Any, ordinal: int, cache: Path) -> Iterator[Finding]:
         yield from _loop(ordinal, where, cache)
 
 
-def _sensors(ordinal: int, where: str) -> Finding:
+def _sensors(uuid: str, where: str) -> Finding:
+    """`uuid`: what CUDA and the management library both call the device; they count devices in different orders."""
     name = f"{where}: clocks, power, temperature"
     if importlib.util.find_spec("pynvml") is None:
         return Finding(
@@ -131,7 +155,7 @@ def _sensors(ordinal: int, where: str) -> Finding:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(ordinal)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
         power = pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3
         heat = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
@@ -171,7 +195,7 @@ def _loop(ordinal: int, where: str, cache: Path) -> Iterator[Finding]:
 
     model = load_model("tiny")
     plan = KVPlan.make(KV(budget="64pages"), model.config, model.weights.dtype, 256)
-    backend = PersistentBackend(ordinal=ordinal, cache=cache, lease_s=0.0, idle_s=0.0, max_num_seqs=4)
+    backend = PersistentBackend(ordinal=ordinal, cache=cache, max_num_seqs=4)
     name = f"{where}: persistent loop"
     try:
         try:

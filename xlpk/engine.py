@@ -167,6 +167,8 @@ def serve(
             raise BackendError(f"every logit was NaN ({which}): are the model's weights finite?")
     finally:
         outcome.report = backend.close()  # before the log: a disk that is full must not keep the threads
+        for sample in getattr(backend, "power_samples", list)():
+            log.add("power", **sample)
         log.add("counters", **{k: v for k, v in asdict(outcome.report).items() if k != "details"})
 
 

@@ -5,7 +5,7 @@ A context that has met an error that stays, or a kernel that never ends, would t
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +19,8 @@ STOP_S = 15.0  # for a process that was asked to end
 
 def run_isolated(cfg: DictConfig, folder: Path, facts: dict[str, Any], deadline_s: float) -> int:
     """Runs the point -> its exit code; the folder's status has the rest. After `deadline_s` it is ended, or killed."""
+    import multiprocessing
+
     from xlpk import record
 
     process = multiprocessing.get_context("spawn").Process(target=_child, args=(cfg, folder, facts))
@@ -41,6 +43,15 @@ def run_isolated(cfg: DictConfig, folder: Path, facts: dict[str, Any], deadline_
         record.write_status(folder, "FAILED", 4, **{**facts, "error": why})
     print(f"xlpk: {why} ({folder.name})", file=sys.stderr, flush=True)
     return 4
+
+
+def leave_if_lost(code: int) -> None:
+    """Ends the process if it holds a device that it cannot free: the interpreter's end would wait for its kernel."""
+    device = sys.modules.get("xlpk.backends.gpu_device")
+    if device is not None and device.lost():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _end(process: Any) -> None:

@@ -59,6 +59,7 @@ def compute(events: Iterable[Record]) -> Metrics:
     metrics |= _host(log)
     metrics |= _loop(log)
     metrics |= _kv(log)
+    metrics |= _system(log)
     metrics |= _warmup(log)
     return metrics
 
@@ -106,6 +107,7 @@ class _Log:
         self.finished: dict[int, Record] = {}
         self.tokens: dict[int, list[Record]] = defaultdict(list)
         self.steps: list[Record] = []
+        self.power: list[Record] = []
         self.warmup_steps = self.warmup_tokens = self.overrun_tokens = 0
         for event in events:
             self._sort(event)
@@ -118,6 +120,8 @@ class _Log:
             self.clock = event
         elif kind == "counters":
             self.counters = event
+        elif kind == "power":
+            self.power.append(event)
         elif kind == "token":
             if warmup:
                 self.warmup_tokens += 1
@@ -137,6 +141,19 @@ class _Log:
     @property
     def page_bytes(self) -> int:
         return int(self.header["kv"]["page_bytes"])
+
+    @property
+    def window_ns(self) -> tuple[int, int]:
+        """First intended arrival .. last token, by host clock."""
+        if not self.arrivals or not self.tokens:
+            return 0, 0
+        begin_ns = min(event["host_ns"] for event in self.arrivals.values())
+        return begin_ns, max(tokens[-1]["host_ns"] for tokens in self.tokens.values())
+
+    @property
+    def window_s(self) -> float:
+        begin_ns, end_ns = self.window_ns
+        return (end_ns - begin_ns) / 1e9
 
     @property
     def n_output(self) -> int:
@@ -240,15 +257,10 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _throughput(log: _Log) -> Metrics:
-    """Over first intended arrival .. last token, by host clock."""
-    if not log.arrivals or not log.tokens:
+    if log.window_s <= 0:
         return {}
-    begin_ns = min(event["host_ns"] for event in log.arrivals.values())
-    end_ns = max(tokens[-1]["host_ns"] for tokens in log.tokens.values())
-    window_s = (end_ns - begin_ns) / 1e9
+    window_s = log.window_s
     done = sum(event["reason"] not in FAILED_REASONS for event in log.finished.values())
-    if window_s <= 0:
-        return {}
     return {
         "throughput/window_s": window_s,
         "throughput/tokens_per_s": log.n_output / window_s,
@@ -367,6 +379,24 @@ def _kv(log: _Log) -> Metrics:
             out[f"{key}.mean"] = float(np.mean(values))
             out[f"{key}.p99"] = percentile(values, 99)
             out[f"{key}.peak"] = max(values)
+    return out
+
+
+def _system(log: _Log) -> Metrics:
+    """Of the samples within the window, at least two."""
+    begin_ns, end_ns = log.window_ns
+    samples = [sample for sample in log.power if begin_ns <= sample["host_ns"] <= end_ns]
+    if len(samples) < 2:
+        return {}
+    out: Metrics = {}
+    for name in ("power_w", "sm_clock_mhz", "temperature_c"):
+        values = [sample[name] for sample in samples]
+        out |= {f"system/{name}.mean": float(np.mean(values)), f"system/{name}.peak": max(values)}
+    seconds = [sample["host_ns"] / 1e9 for sample in samples]
+    counted = all("energy_j" in sample for sample in samples)
+    power = [sample["power_w"] for sample in samples]
+    joules = samples[-1]["energy_j"] - samples[0]["energy_j"] if counted else float(np.trapezoid(power, seconds))
+    out["system/joules_per_token"] = joules / (seconds[-1] - seconds[0]) * log.window_s / log.n_output
     return out
 
 

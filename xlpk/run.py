@@ -22,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from xlpk.errors import BackendError, HangError, InputError, ToolError
+from xlpk.isolate import leave_if_lost
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -101,7 +102,7 @@ def child_point(cfg: DictConfig, folder: Path, facts: dict[str, Any]) -> None:
     config.register()
     code = _point(cfg, folder, facts, True)
     _signals.held = True
-    _leave_if_lost(code)
+    leave_if_lost(code)
     raise SystemExit(code)
 
 
@@ -394,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     _take_signals()
     if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = compose_and_run(sys.argv[1:] if argv is None else argv, point)
         if "xlpk.report" in sys.modules:
@@ -407,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         complain("interrupted")
     finally:
         _signals.held = True  # the process is leaving: one more must not turn its exit code into a traceback
-    _leave_if_lost(code)
+    leave_if_lost(code)
     return code
 
 
@@ -415,15 +416,6 @@ def _take_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _signals)
         atexit.register(signal.signal, number, signal.SIG_IGN)  # else the interpreter's own end would be killed by it
-
-
-def _leave_if_lost(code: int) -> None:
-    """Ends the process if it holds a device that it cannot free: the interpreter's end would wait for its kernel."""
-    device = sys.modules.get("xlpk.backends.gpu_device")
-    if device is not None and device.lost():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from xlpk.backend import Admitted
 from xlpk.backends.persistent import PersistentBackend
+from xlpk.errors import BackendError, InputError, ToolError
+from xlpk.isolate import leave_if_lost
 from xlpk.kv import KV, KVPlan
 from xlpk.model import load_model
 from xlpk.workload import Request
@@ -61,24 +64,37 @@ def stop_latency_ms() -> float:
     return p50(out)
 
 
+def clock_offset_ns(backend: PersistentBackend) -> tuple[int, float]:
+    """Device clock - host clock, by the middle of the narrowest of 200 brackets, and half its width: the error."""
+    brackets = []
+    for _ in range(200):
+        before_ns = time.monotonic_ns()
+        device_ns = backend.clock_ns()
+        after_ns = time.monotonic_ns()
+        brackets.append((after_ns - before_ns, device_ns - (before_ns + after_ns) // 2))
+    width_ns, offset_ns = min(brackets)
+    return offset_ns, width_ns / 2
+
+
 def round_trips() -> dict[str, float]:
-    backend = open_backend(lease_s=0.0, idle_s=0.0)
+    backend = open_backend(idle_s=0.0)
     pings, waits = [], []
     for _ in range(2000):
         begin = time.perf_counter_ns()
         backend.clock_ns()
         pings.append((time.perf_counter_ns() - begin) / 1e3)
-    offset = min(
-        (time.monotonic_ns() - before, backend_ns - before)
-        for before, backend_ns in ((time.monotonic_ns(), backend.clock_ns()) for _ in range(200))
-    )[1]
+    offset_ns, error_ns = clock_offset_ns(backend)
     for number in range(200):
         sent = time.monotonic_ns()
         events = run_to_end(backend, Request(number, (1, 2, 3), 1, ignore_eos=True))
         (admitted,) = (event for event in events if isinstance(event, Admitted))
-        waits.append((admitted.device_ns - offset - sent) / 1e3)
+        waits.append((admitted.device_ns - offset_ns - sent) / 1e3)
     backend.close()
-    return {"mapped_round_trip_us.p50": p50(pings), "submission_to_admission_us.p50": p50(waits)}
+    return {
+        "mapped_round_trip_us.p50": p50(pings),
+        "submission_to_admission_us.p50": p50(waits),
+        "clock_error_us": round(error_ns / 1e3, 3),
+    }
 
 
 def serve_for_ever() -> None:
@@ -124,4 +140,14 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve_for_ever() if CHILD in sys.argv else main()
+    code = 1
+    try:
+        serve_for_ever() if CHILD in sys.argv else main()
+        code = 0
+    except (BackendError, InputError, ToolError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+    leave_if_lost(code)
+    sys.exit(code)

@@ -1,10 +1,11 @@
 """Everything that wants a real GPU, in one command that can be interrupted and resumed.
 
-    python experiments/gpu_suite/run.py [--out FOLDER] [--only NAME,...] [--again] [--seconds N]
+    python experiments/gpu_suite/run.py [--out FOLDER] [--from FOLDER] [--only NAME,...] [--again] [--seconds N]
 
-Each job is a process with a deadline; what it found is in `suite.json` as soon as it ends, and jobs that are in it
-already are not run again. Without `--out` results go to `experiments/results/<device>/`, from which they are committed;
-the stand-in driver may not write there. `suite.md` is the same for people.
+Each job is a process with a deadline, and all end within `--seconds`; what one found is in `suite.json` as soon as it
+ends. Jobs that are in it are not run again, but those that `--seconds` cut off are. Without `--out` results go to
+`experiments/results/<device>/`, from which they are committed; the stand-in driver may not write there. `suite.md` is
+the same for people.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,17 +31,22 @@ ROOT = HERE.parents[1]
 RESULTS = ROOT / "experiments" / "results"
 SCHEMA = 1
 ORCHESTRATIONS = "persistent,graph,launched,launched_phase"
-SUITE = ("test_contract.py", "test_equality.py", "test_sampling.py", "test_gpu_resident.py", "test_gpu_sweep.py")
+SUITE = ("contract", "gpu_resident", "equality", "sampling", "gpu_sweep")  # tests/backends/test_*.py
+LEAST_S = 15.0  # with less time left no job is begun
+LOST = 4  # exit code of a process that lost the device
+FILES = ("suite.json", "microbench.json")  # what another run goes on from
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process. `read`: what its output and its folder come to."""
+    """One process. `read`: what its output and its folder come to. `resume`: the argument with which it goes on where
+    an earlier one of this device was cut off or lost it."""
 
     name: str
     command: list[str]
     deadline_s: float
     read: Callable[[subprocess.CompletedProcess[str], Path], Any]
+    resume: str = ""
 
 
 def lines(done: subprocess.CompletedProcess[str], folder: Path) -> list[str]:
@@ -76,19 +83,22 @@ def swept(done: subprocess.CompletedProcess[str], folder: Path) -> list[dict[str
 def jobs(out: Path) -> list[Job]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    suite = [str(ROOT / "tests" / "backends" / name) for name in SUITE]
     tax = [python, "-m", "xlpk.run", "-m", "experiment=launch_tax", "tracking=none", f"backend={ORCHESTRATIONS}"]
     big = ["model=llama_1b_shape", "model.max_len=1024", "workload=synthetic", "workload.requests=1"]
     shape = ["workload.prompt_len=128", "workload.output_len=128"]
+    microbench = [python, str(ROOT / "experiments" / "microbench" / "run.py"), "--out", str(out)]
     found = [
         Job("doctor", [python, "-m", "xlpk.cli", "doctor", "--json"], 120, as_json),
-        Job("microbench", [python, str(ROOT / "experiments" / "microbench" / "run.py"), "--out", str(out)], 300, lines),
-        Job("numerics", [*pytest, str(ROOT / "tests" / "gpu")], 200, lines),
-        Job("contract", [*pytest, "-m", "heavy", *suite], 400, lines),
-        Job("launch_tax", tax, 200, swept),
+        Job("microbench", microbench, 300, lines, resume="--resume"),
+        Job("speed", [python, str(HERE / "speed.py")], 200, as_json),
         Job("llama_1b_shape", [*tax, *big, *shape], 300, swept),
+        Job("numerics", [*pytest, "-m", "heavy", str(ROOT / "tests" / "gpu")], 200, lines),
         Job("hazards", [python, str(HERE / "hazards.py")], 120, as_json),
+        Job("launch_tax", tax, 200, swept),
     ]
+    for name in SUITE:
+        file = ROOT / "tests" / "backends" / f"test_{name}.py"
+        found.append(Job(f"contract {name}", [*pytest, "-m", "heavy", str(file)], 400, lines))
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
         small = ["backend=launched", "tracking=none", "sampling.max_new_tokens=4", "workload.requests=1"]
@@ -98,8 +108,11 @@ def jobs(out: Path) -> list[Job]:
     return [job for job in found if Path(job.command[1]).suffix != ".py" or Path(job.command[1]).exists()]
 
 
-def run(job: Job, folder: Path) -> dict[str, Any]:
-    """The job's record: exit code, seconds, result or the end of what it said."""
+def run(job: Job, folder: Path, left_s: float, resume: bool) -> dict[str, Any]:
+    """The job's record: exit code, seconds, result or the end of what it said; `cut`: it had too little time.
+
+    `left_s`: for this job, its own deadline aside. `resume`: go on where an earlier one ended.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     where = folder if job.command[1:2] == ["-m"] and "pytest" not in job.command else ROOT
@@ -108,24 +121,38 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         (ROOT / "outputs" / "cache").mkdir(parents=True, exist_ok=True)
         cache.parent.mkdir(exist_ok=True)
         cache.symlink_to(ROOT / "outputs" / "cache")
-    process = subprocess.Popen(
-        job.command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    deadline_s = min(job.deadline_s, left_s)
+    command = [*job.command, job.resume] if resume and job.resume else job.command
+    while True:
+        done = run_process(command, where, deadline_s - (time.monotonic() - begin))
+        again = done.returncode == LOST and job.resume
+        if not again or deadline_s - (time.monotonic() - begin) < LEAST_S:
+            break
+        command = [*job.command, job.resume]  # what cost the device is not tried again
+    record: dict[str, Any] = {"exit_code": done.returncode, "seconds": round(time.monotonic() - begin, 1)}
+    if done.returncode == -signal.SIGKILL and deadline_s < job.deadline_s:
+        record["cut"] = True
     try:
-        out, err = process.communicate(timeout=job.deadline_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        out, err = process.communicate()
-        err += f"\nkilled after {job.deadline_s:g} s"
-    record: dict[str, Any] = {"exit_code": process.returncode, "seconds": round(time.monotonic() - begin, 1)}
-    try:
-        done = subprocess.CompletedProcess(job.command, process.returncode, out, err)
         record["result"] = job.read(done, folder)
     except (ValueError, LookupError, OSError) as error:
         record["unreadable"] = f"{type(error).__name__}: {error}"
-    if process.returncode:
-        record["said"] = [*out.splitlines()[-15:], *err.splitlines()[-25:]]
+    if done.returncode:
+        record["said"] = [*done.stdout.splitlines()[-15:], *done.stderr.splitlines()[-25:]]
     return record
+
+
+def run_process(command: list[str], where: Path, deadline_s: float) -> subprocess.CompletedProcess[str]:
+    """The command to its end; after `deadline_s` it is killed, with its children."""
+    process = subprocess.Popen(
+        command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        err += f"\nkilled after {deadline_s:.0f} s"
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def machine() -> dict[str, Any]:
@@ -155,6 +182,13 @@ def markdown(suite: dict[str, Any]) -> str:
     out += [f"| {name} | {job['exit_code']} | {job['seconds']} |" for name, job in suite["jobs"].items()]
     for finding in suite["jobs"].get("doctor", {}).get("result", []):
         out.append(f"- {finding['state']}: {finding['name']}: {finding['value']}")
+    speed = suite["jobs"].get("speed", {}).get("result", {})
+    if speed:
+        out += ["", f"## speed: {speed['model']}, {speed['prompt_len']} + {speed['output_len']} tokens, batch 1", ""]
+        out += ["| flight recorder | device ITL p50, us | p99, us | weights, GB/s |", "|---|---|---|---|"]
+        for one in speed["runs"]:
+            cells = ("on" if one["flight"] else "off", one["itl_us.p50"], one["itl_us.p99"], one["weights_gb_per_s"])
+            out.append(f"| {' | '.join(map(str, cells))} |")
     columns = {
         "device ITL p50, ms": "device_latency/itl_ms.p50",
         "TTFT p50, ms": "latency/ttft_ms.p50",
@@ -184,9 +218,10 @@ def markdown(suite: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results (experiments/results/<device>)")
+    parser.add_argument("--from", dest="earlier", type=Path, help="folder of earlier results to go on from")
     parser.add_argument("--only", help="names of jobs, with commas between them")
     parser.add_argument("--again", action="store_true", help="run jobs that suite.json has already")
-    parser.add_argument("--seconds", type=float, default=570.0, help="begin no job after this long (570)")
+    parser.add_argument("--seconds", type=float, default=570.0, help="all jobs have ended after this long (570)")
     args = parser.parse_args()
     begin = time.monotonic()
     about = machine()
@@ -198,18 +233,24 @@ def main() -> int:
         print(f"the stand-in driver may not write results into {RESULTS}", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
+    for name in FILES if args.earlier else ():
+        if (args.earlier / name).exists() and not (out / name).exists():
+            shutil.copyfile(args.earlier / name, out / name)
     file = out / "suite.json"
     suite = json.loads(file.read_text()) if file.exists() else {"machine": about, "jobs": {}}
     wanted = args.only.split(",") if args.only else None
     for job in jobs(out):
-        if (wanted and job.name not in wanted) or (job.name in suite["jobs"] and not args.again):
+        record = suite["jobs"].get(job.name, {})
+        if (wanted and job.name not in wanted) or (record and not record.get("cut") and not args.again):
             continue
-        if time.monotonic() - begin > args.seconds:
+        left_s = args.seconds - (time.monotonic() - begin)
+        if left_s < LEAST_S:
             print(f"{job.name}: no time left; the same command goes on from here", flush=True)
             continue
         scratch = ROOT / "outputs" / "gpu_suite" / job.name.replace(" ", "-")
         shutil.rmtree(scratch, ignore_errors=True)
-        suite["jobs"][job.name] = run(job, scratch)
+        resume = record.get("uuid") == about["uuid"] and not args.again
+        suite["jobs"][job.name] = {**run(job, scratch, left_s, resume), "uuid": about["uuid"]}
         file.write_text(json.dumps(suite, indent=1) + "\n")
         (out / "suite.md").write_text(markdown(suite))
         done = suite["jobs"][job.name]

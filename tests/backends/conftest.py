@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import kinds
 import pytest
+from lost_device import pytest_sessionfinish, pytest_unconfigure  # noqa: F401
 
 
 @pytest.fixture(params=kinds.KINDS)

@@ -17,7 +17,8 @@ from drive import Output, finish, gather, run
 
 from xlpk import layout
 from xlpk.backend import Token
-from xlpk.errors import BackendError
+from xlpk.backends.gpu_memory import Mirror
+from xlpk.errors import BackendError, HangError
 from xlpk.kv import KV, KVPlan
 from xlpk.model import Model, load_model
 from xlpk.speculation import Ngram
@@ -238,3 +239,77 @@ def test_weights_arrive_whole(model: Model, kind: str, monkeypatch: pytest.Monke
     assert done == sorted(done)
     assert len(done) > 500
     assert said[-1][0] == said[-1][1] > model.weights.nbytes
+
+
+def cancel_many(backend: Any) -> None:
+    """More than the ring holds, of requests that there are not."""
+    for number in range(600):
+        backend.cancel(10_000 + number)
+
+
+@PERSISTENT
+def test_more_cancellations_than_the_ring_holds(model: Model, kind: str) -> None:
+    """The loop has left, so nobody would read them: it is launched again."""
+    with session(model, idle_s=0.02) as backend:
+        wait(lambda: backend.library.dll.xl_left(backend._params) == 1)
+        cancel_many(backend)
+        again = replace(requests(1, 5)[0], request_id=7)
+        assert len(finish(backend, [again]).tokens[7]) == 5
+
+
+@PERSISTENT
+def test_cancel_ends_when_the_watchdog_saw_a_hang(model: Model, kind: str) -> None:
+    with session(model, idle_s=0.02) as backend:
+        wait(lambda: backend.library.dll.xl_left(backend._params) == 1)
+        backend._mailbox["hang"] = 1
+        with pytest.raises(HangError, match="HANG"):
+            cancel_many(backend)
+
+
+@PERSISTENT
+def test_the_clock_of_a_loop_that_keeps_leaving(model: Model, kind: str) -> None:
+    """A launch that leaves between a question and its answer costs one short wait and another launch."""
+    with session(model, idle_s=0.001, lease_s=0.0) as backend:
+        clocks = []
+        for _ in range(60):
+            time.sleep(0.0009)
+            clocks.append(backend.clock_ns())
+        assert clocks == sorted(clocks)
+        assert backend._report.launches > 5
+
+
+@PERSISTENT
+def test_without_a_flight_recorder(model: Model, kind: str) -> None:
+    """The same tokens; nothing is recorded."""
+    written = []
+    tokens = []
+    for flight in (True, False):
+        with session(model, flight=flight) as backend:
+            tokens.append(finish(backend, requests(3, 10)).tokens)
+            written.append(bool(backend._memory["flight"]["clock_ns"].any()))
+    assert tokens[0] == tokens[1]
+    assert written == [True, False]
+
+
+@PERSISTENT
+def test_a_watchdog_that_dies_is_noticed(model: Model, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xlpk.backends import watchdog
+
+    monkeypatch.setattr(watchdog.sys, "executable", "/bin/false")
+    with pytest.raises(BackendError, match="watchdog process has ended"), session(model, watch=True) as backend:
+        finish(backend, requests(2, 200))
+
+
+@pytest.mark.parametrize("kind", kinds.HEAVY_GPU[1:], indirect=True)
+def test_no_view_of_freed_memory_stays(model: Model, kind: str) -> None:
+    with session(model) as backend:
+        finish(backend, requests(2, 5))
+        pinned = [(array.ctypes.data, array.nbytes) for array in backend.device._pinned]
+        assert pinned
+        backend.close()
+        seen = [*backend.__dict__.values(), *backend._memory.host.values()]
+        arrays = [value for value in seen if isinstance(value, np.ndarray)]
+        assert arrays
+        for array in arrays:
+            assert not any(begin <= array.ctypes.data < begin + nbytes for begin, nbytes in pinned)
+        assert not any(isinstance(value, Mirror) for value in seen)

@@ -17,6 +17,7 @@ from xlpk.backend import BackendReport
 from xlpk.backends.gpu_device import Device
 from xlpk.backends.gpu_memory import GpuMemory, Session
 from xlpk.backends.memory import dims_record
+from xlpk.backends.power import PowerMeter, Sample
 from xlpk.backends.submitter import Submitter
 from xlpk.backends.upload import DeviceWeights, upload
 from xlpk.errors import BackendError
@@ -55,6 +56,7 @@ class GpuBackend(Submitter):
         self.folder: Path | None = None  # of the run: where a flight recorder is left
         self._memory: GpuMemory | None = None
         self._free_pages = 0
+        self._power: PowerMeter | None = None
         self._complaint: BackendError | None = None  # what `close` has to say that nobody has said before
 
     @property
@@ -64,7 +66,7 @@ class GpuBackend(Submitter):
 
     def open(self, model: Model, plan: KVPlan) -> None:
         self._device = device = Device(self._ordinal)
-        from xlpk.backends import gpu_module  # cannot be imported without a driver
+        from xlpk.backends import driver, gpu_module  # cannot be imported without a driver
 
         device.counts = self._report = BackendReport()
         self.teams = self._teams or device.multiprocessors
@@ -92,6 +94,8 @@ class GpuBackend(Submitter):
             "upload_bytes": str(weights.nbytes),
             "upload_seconds": f"{weights.seconds:.3f}",
         }
+        self._power = PowerMeter(driver.device_uuid(self._ordinal))
+        self._power.start()
         self._started = True
         self._start()
 
@@ -128,6 +132,10 @@ class GpuBackend(Submitter):
         self.device.read(out, self._memory.device["logits"])
         return out
 
+    def power_samples(self) -> list[Sample]:
+        """What the power meter saw of the session, in order; complete once it is closed."""
+        return list(self._power.samples) if self._power is not None else []
+
     def free_pages(self) -> int:
         """Pages on the free list when the session ended."""
         return self._free_pages
@@ -139,6 +147,8 @@ class GpuBackend(Submitter):
     def close(self) -> BackendReport:
         if self._device is None:
             return self._report
+        if self._power is not None:
+            self._power.stop()
         stopped = False
         try:
             stopped = not self._started or self._stop()

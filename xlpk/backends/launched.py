@@ -16,7 +16,7 @@ from xlpk import layout
 from xlpk.backend import Event
 from xlpk.backends.gpu import STOP_S, GpuBackend
 from xlpk.backends.gpu_device import Call
-from xlpk.backends.gpu_memory import GpuMemory, Session, mirrored_memory
+from xlpk.backends.gpu_memory import DESCRIPTOR, READBACK, GpuMemory, Session, mirrored_memory
 from xlpk.backends.upload import DeviceWeights
 from xlpk.errors import BackendError, InputError
 
@@ -165,4 +165,14 @@ class LaunchedBackend(GpuBackend):
         self._free_pages = int(self._memory["state"]["n_free_pages"][0])
         ended = self.device.wait(STOP_S)
         self._report.syncs += 1
+        self._forget_mirrors()
         return ended
+
+    def _forget_mirrors(self) -> None:
+        """Drops every view of page-locked memory: the device frees it whoever still looks at it."""
+        assert self._memory is not None
+        for name in ("_descriptor", "_readback", "_back", "_row"):
+            self.__dict__.pop(name, None)
+        for name in (*DESCRIPTOR, *READBACK):
+            if name != "state":  # the host's own
+                self._memory.host.pop(name, None)

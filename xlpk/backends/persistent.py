@@ -24,6 +24,8 @@ from xlpk.errors import BackendError, HangError
 
 KERNEL = "xl_persistent_megakernel"
 QUERY_S = 0.005  # between looks at the stream, which tell a kernel that died
+PING_NS = 20_000_000  # for one answer: a launch that was leaving does not answer, the next one does
+PINGS_S = 2.5  # for any answer
 
 
 class PersistentBackend(GpuBackend):
@@ -40,16 +42,18 @@ class PersistentBackend(GpuBackend):
         idle_s: float = 0.5,
         heartbeat_s: float = 1.0,
         watch: bool = True,
+        flight: bool = True,
         **options: Any,
     ) -> None:
         """`lease_s`, `idle_s`, `heartbeat_s`: after how long a launch leaves by itself, without work, without a sign of
-        life of the host; 0: never. `watch`: start a watchdog. `options`: as of GpuBackend."""
+        life of the host; 0: never. `watch`: start a watchdog. `flight`: teams write the flight recorder. `options`: as
+        of GpuBackend."""
         super().__init__(**options)
         self._lease_s, self._idle_s, self._heartbeat_s = lease_s, idle_s, heartbeat_s
         self._region: SharedRegion | None = None
         self._watchdog: Watchdog | None = None
         self._hung = False
-        self.watch = watch
+        self.watch, self._flight = watch, flight
         self._heartbeat: int | None = None
         self._guard = contextlib.ExitStack()
         self._owner = threading.get_ident()
@@ -59,6 +63,8 @@ class PersistentBackend(GpuBackend):
 
     def _allocate(self, session: Session, weights: DeviceWeights) -> GpuMemory:
         memory, self._region = resident_memory(self.device, session, weights)
+        if not self._flight:
+            memory.params["flight"] = 0
         return memory
 
     def _start(self) -> None:
@@ -111,18 +117,26 @@ class PersistentBackend(GpuBackend):
                 raise HangError("HANG: the persistent kernel did not start: is another program on the device?")
             time.sleep(0.0002)
         self._report.details["census_seconds"] = f"{time.monotonic() - begin_s:.4f}"
+        self._look_at_watchdog()
+
+    def _look_at_watchdog(self) -> None:
+        """Raises if it is gone: nobody would see the loop hang."""
+        if self._watchdog is not None and (code := self._watchdog.ended()) is not None:
+            raise BackendError(f"the watchdog process has ended (exit code {code}); what it said is on standard error")
 
     def clock_ns(self) -> int:
         """The device clock, asked of the idle loop. BackendError: it is busy, or does not see the host's words."""
-        for _ in range(5):  # a launch may be leaving
+        give_up = time.monotonic() + PINGS_S
+        while time.monotonic() < give_up:
             self._keep_resident(always=True)
             before_ns = time.monotonic_ns()
-            now_ns = int(self.library.dll.xl_ping(self._params, 500_000_000))
+            now_ns = int(self.library.dll.xl_ping(self._params, PING_NS))
             if now_ns:
                 error_ns = (time.monotonic_ns() - before_ns) // 2
                 self._report.clock_error_ns = min(error_ns, self._report.clock_error_ns or error_ns)
                 return now_ns
             self._raise_if_aborted()
+            self._raise_if_hanging()
         raise BackendError("the loop does not tell the time: it is busy, or it does not see the host's words")
 
     def submit(self, request: Any) -> bool:
@@ -130,6 +144,11 @@ class PersistentBackend(GpuBackend):
         if threading.get_ident() == self._owner:  # a context is current in one thread only
             self._keep_resident()
         return done
+
+    def _take_cancellations(self) -> None:
+        self._raise_if_hanging()
+        if threading.get_ident() == self._owner:
+            self._keep_resident()
 
     def poll(self) -> list[Event]:
         events = self._drain()
@@ -165,6 +184,7 @@ class PersistentBackend(GpuBackend):
         if now - self._queried_s < QUERY_S:
             return
         self._queried_s = now
+        self._look_at_watchdog()
         with self.device.errors("the persistent kernel died"):
             done = self.device.stream.is_done()
         if done and not self._aborted() and self.library.dll.xl_left(self._params) < self._report.launches:

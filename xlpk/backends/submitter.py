@@ -133,7 +133,7 @@ class Submitter:
             time.sleep(0.001)
 
     def _take_cancellations(self) -> None:
-        """Where the host runs control: lets it take what is in the ring."""
+        """Sees to it that somebody takes what is in the ring, where that is not a loop that always runs."""
 
     def _drain(self) -> list[Event]:
         # Events before steps: a step is published after its events, so whoever sees it has them.

@@ -53,6 +53,10 @@ class Watchdog:
             start_new_session=True,  # Ctrl-C is for the run, which ends this
         )
 
+    def ended(self) -> int | None:
+        """The exit code of a process that is no longer there."""
+        return self._process.poll()
+
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
