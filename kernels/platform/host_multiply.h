@@ -115,32 +115,54 @@ XL_FN void multiply_rows(int rows, const W* const (&w)[kPanelRows], const A* x, 
   }
 }
 
-// One row of activations, bound by memory: one row of weights after the other, which the hardware follows best, and what comes up
-// to a panel later fetched meanwhile, which it does not foresee.
-template <class W, class A>
-XL_FN void multiply_one(const W* const (&w)[kPanelRows], const A* x, int k, const W* next, float* out) {
+// Few rows of activations are bound by memory: a stretch of one row of weights after the other, each read once, which the hardware
+// follows best, and what comes up to a panel later fetched meanwhile, which it does not foresee.
+template <int R, class W, class A>
+__attribute__((noinline)) void multiply_few(const W* const (&w)[kPanelRows], const A* x, int stride, int k, const W* next, float* out,
+                                            int out_stride) {
   using Read = Operands<HostLanes, W, A>;
-  constexpr int kLeadBytes = 16384;  // of what is fetched before what is read, in whole rows
-  const int rows = kLeadBytes / (k * int(sizeof(W))), lead = rows < 1 ? 1 : rows > kPanelRows ? kPanelRows : rows;
+  // Activations of several rows share the first-level cache with what is fetched.
+  constexpr int kStretch = R == 1 ? 1 << 30 : 4096 / int(sizeof(A)), kLeadBytes = R == 1 ? 16384 : 4096;
+  constexpr int kBytes = Read::kStep * int(sizeof(W));
+  const int length = k < kStretch ? k : kStretch, fit = kLeadBytes / (length * int(sizeof(W)));
+  const int lead = fit < 1 ? 1 : fit > kPanelRows ? kPanelRows : fit;  // stretches
   if (next == nullptr) next = w[0];
-  VectorChunk acc[kPanelRows];
-#pragma GCC unroll 4
-  for (int j = 0; j < kPanelRows; ++j) {
-    const W* fetched = j + lead < kPanelRows ? w[j + lead] : next + size_t(j + lead - kPanelRows) * k;
-    const char* ahead = reinterpret_cast<const char*>(fetched);
-    VectorChunk one = VectorChunk::all(0.0f);
-    int i = 0;
-    for (; i + Read::kStep <= k; i += Read::kStep) {
-      constexpr int kBytes = Read::kStep * int(sizeof(W));
+  VectorChunk kept[kPanelRows][R];
+  for (int begin = 0; begin < k; begin += length) {
+    const int end = begin + length < k ? begin + length : k;
+    for (int j = 0; j < kPanelRows; ++j) {
+      const W* fetched;
+      if (j + lead < kPanelRows) {
+        fetched = w[j + lead] + begin;
+      } else if (end < k) {
+        fetched = w[j + lead - kPanelRows] + end;
+      } else {
+        fetched = next + size_t(j + lead - kPanelRows) * k;
+      }
+      const char* ahead = reinterpret_cast<const char*>(fetched);
+      VectorChunk acc[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r] = begin == 0 ? VectorChunk::all(0.0f) : kept[j][r];
+      int i = begin;
+      for (; i + Read::kStep <= end; i += Read::kStep) {
 #pragma GCC unroll 2
-      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
-      ahead += kBytes;
-      one = fma(Read::load(w[j] + i, 0), Read::load(x + i, 0), one);
+        for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
+        ahead += kBytes;
+        const typename Read::Operand weight = Read::load(w[j] + i, 0);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r] = fma(weight, Read::load(x + size_t(r) * stride + i, 0), acc[r]);
+      }
+      if (i < end) {
+        const typename Read::Operand weight = Read::load_tail(w[j] + i, 0);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r] = fma(weight, Read::load_tail(x + size_t(r) * stride + i, 0), acc[r]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) kept[j][r] = acc[r];
     }
-    if (i < k) one = fma(Read::load_tail(w[j] + i, 0), Read::load_tail(x + i, 0), one);
-    acc[j] = one;
   }
-  sum4(acc[0], acc[1], acc[2], acc[3], out);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sum4(kept[0][r], kept[1][r], kept[2][r], kept[3][r], out + size_t(r) * out_stride);
 }
 
 // out[r * out_stride + j] = w[j] . x[r], r < count <= kMostRows, in the order of block_by_chunks. `next`: the panel that will be
@@ -149,7 +171,17 @@ template <int kMostRows, class W, class A>
 __attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], const A* x, int stride, int k, int count,
                                               const W* next, float* out, int out_stride) {
   constexpr int kStretch = 4096 / int(sizeof(A)), kLine = 64, kManyPasses = 8;
-  if (count == 1) return multiply_one(w, x, k, next, out);
+  switch (count) {
+    case 1: return multiply_few<1>(w, x, stride, k, next, out, out_stride);
+    case 2: return multiply_few<2>(w, x, stride, k, next, out, out_stride);
+    case 3: return multiply_few<3>(w, x, stride, k, next, out, out_stride);
+    case 4: return multiply_few<4>(w, x, stride, k, next, out, out_stride);
+    case 5: return multiply_few<5>(w, x, stride, k, next, out, out_stride);
+    case 6: return multiply_few<6>(w, x, stride, k, next, out, out_stride);
+    case 7: return multiply_few<7>(w, x, stride, k, next, out, out_stride);
+    case 8: return multiply_few<8>(w, x, stride, k, next, out, out_stride);
+    default: break;
+  }
   // Long rows are taken in stretches that stay in the first-level cache with the activations of a pass.
   VectorChunk kept[kMostRows / kPassRows + 1][kPanelRows * kPassRows];
   const int passes = (count + kPassRows - 1) / kPassRows;
