@@ -15,6 +15,8 @@ from standin.session import KEPT, THREADS, Session, build_echo, on_standin, refu
 from xlpk.backends import driver
 from xlpk.errors import ToolError
 
+pytestmark = pytest.mark.heavy
+
 
 @on_standin(SMS="6")
 def test_the_stand_in_names_itself() -> None:

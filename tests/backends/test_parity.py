@@ -184,7 +184,13 @@ KERNEL_MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("kind", KERNEL_MUTANTS)
+# Each builds the kernels anew: two of them stand for the others in the quick suite.
+QUICK_MUTANTS = ("query_later", "head_map")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK_MUTANTS else pytest.mark.heavy) for kind in KERNEL_MUTANTS]
+)
 def test_a_wrong_kernel_is_seen(kind: str, cases: dict[str, Case], tmp_path: Path) -> None:
     path, right, wrong = KERNEL_MUTANTS[kind]
     folder = tmp_path / "kernels"

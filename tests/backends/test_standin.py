@@ -6,6 +6,7 @@ import threading
 import time
 
 import numpy as np
+import pytest
 from standin.hook import CACHE
 from standin.library import counters
 from standin.session import (
@@ -17,6 +18,8 @@ from standin.session import (
     run_body,
     wait_until,
 )
+
+pytestmark = pytest.mark.heavy
 
 
 @on_standin()
