@@ -86,7 +86,7 @@ __attribute__((noinline)) void multiply_pass(const W* const (&w)[kPanelRows], co
     for (int r = 0; r < R; ++r) acc[j][r] = s.first ? VectorChunk::all(0.0f) : s.kept[j * R + r];
   int i = s.begin;
   for (; i + kStep <= s.end; i += kStep) {
-#pragma GCC unroll 8
+#pragma GCC unroll 3
     for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + 64 * line);
     ahead += 64 * Lines;
     add_products<false>(acc, w, x, stride, i);
@@ -206,10 +206,7 @@ __attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], c
       float* to = out + size_t(r) * out_stride;
       if (fetched >= bytes) {
         multiply_rows<0>(rows, panel, from, stride, s, ahead, to, out_stride);
-      } else if (passes < 3) {
-        multiply_rows<8>(rows, panel, from, stride, s, ahead, to, out_stride);
-        fetched += 8 * line_bytes;
-      } else if (passes < 8) {
+      } else if (passes < kManyPasses) {
         multiply_rows<3>(rows, panel, from, stride, s, ahead, to, out_stride);
         fetched += 3 * line_bytes;
       } else {
