@@ -21,7 +21,7 @@ bench-peers: $(VENV)/.installed-bench-peers
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not heavy and not peers and not gpu"
 
-test-all: $(VENV)/.installed-peers
+test-all: $(VENV)/.installed-peers $(VENV)/.installed-launchers $(VENV)/.installed-browser
 	$(PY) -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -49,6 +49,16 @@ $(VENV)/.installed-dev: pyproject.toml | $(PY)
 # torch is pinned to a release that has a CPU build; unpinned it brings gigabytes of CUDA.
 $(VENV)/.installed-peers: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --editable '.[dev,peers]'
+	touch $@ $(VENV)/.installed-dev $(VENV)/.installed
+
+# Launchers of sweeps: joblib, submitit and Ray, which is 400 MB.
+$(VENV)/.installed-launchers: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable '.[dev,launchers]'
+	touch $@ $(VENV)/.installed-dev $(VENV)/.installed
+
+# The browser itself is the system's (apt-get install chromium); without it its tests are skipped.
+$(VENV)/.installed-browser: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable '.[dev,browser]'
 	touch $@ $(VENV)/.installed-dev $(VENV)/.installed
 
 # llama.cpp is compiled for this machine's instructions; that takes minutes.

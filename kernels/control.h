@@ -2,6 +2,8 @@
 // The persistent loop runs it on the device; orchestrations that launch from the host run this same code there.
 #pragma once
 
+#include "clock.h"
+#include "mailbox.h"
 #include "stages/commit.h"
 #include "stages/decode.h"
 #include "stages/draft.h"
@@ -36,15 +38,18 @@ XL_FN void commit_step(const Grid& grid, const Params& p, const Dims& d, uint64_
   check_page_conservation(grid, p);
   record.end_ns = now_ns;
   for (int i = 0; i < kPhases; ++i) {
-    record.phase_ns[i] = state.phase_ns[i];
-    state.phase_ns[i] = 0;
+    // Control's ticks are this code's own; the forward phases may have run on another device.
+    const uint64_t span_ticks = i == int(Phase::kControl) && kTicksAreNs ? 0 : state.span_ticks;
+    record.phase_ns[i] = ns_of_ticks(state.phase_ticks[i], state.span_ns, span_ticks);
+    state.phase_ticks[i] = 0;
   }
+  state.span_ns = state.span_ticks = 0;
   ring_entry(p.step_records, p.step_capacity, state.step_tail++) = record;
   p.step->n_rows = 0;
 }
 
 // Thread 0. Plans the next step from decoding slots, their drafts, and prompt chunks. n_rows stays 0: there is nothing to do.
-XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t now_ns) {
+XL_FN void plan_step(const Grid& grid, const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
   LoopState& state = *p.state;
   Step& step = *p.step;
   StepRecord& record = *p.record;
@@ -63,7 +68,7 @@ XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t 
   record.n_sample_rows = step.n_sample_rows;
   record.n_prefill = step.n_prefill;
   record.n_decode = step.n_decode;
-  record.n_waiting = int(load_acquire_system(&p.mailbox->submit_tail) - state.submit_head);
+  record.n_waiting = int(host.submit_tail - state.submit_head);
   record.pages_total = p.n_pages;
   record.pages_free = state.n_free_pages;
   record.pages_active = p.n_pages - state.n_free_pages - record.pages_draft;
@@ -80,26 +85,25 @@ XL_FN int rows_for_drafts(const Params& p) {
 }
 
 // Thread 0. Both rings have room for whatever the next step may write.
-XL_FN bool rings_have_room(const Params& p) {
-  const uint64_t records = p.state->step_tail - load_acquire_system(&p.mailbox->step_head);
-  return free_events(p) >= events_per_round(p) && records + 1 < uint64_t(p.step_capacity);
+XL_FN bool rings_have_room(const Params& p, const HostWords& host) {
+  const uint64_t records = p.state->step_tail - host.step_head;
+  return free_events(p, host) >= events_per_round(p) && records + 1 < uint64_t(p.step_capacity);
 }
 
 // Thread 0. Why the loop should leave now; its clocks are those of this launch.
-XL_FN LeaveReason leave_reason(const Params& p, uint64_t now_ns) {
+XL_FN LeaveReason leave_reason(const Params& p, const HostWords& host, uint64_t now_ns) {
   LoopState& state = *p.state;
-  if (load_acquire_system(&p.mailbox->stop) != 0) return LeaveReason::kStop;
+  if (host.stop != 0) return LeaveReason::kStop;
   if (p.heartbeat_ns > 0) {
-    const uint64_t beat = load_acquire_system(&p.mailbox->heartbeat);
-    if (beat != state.beat) {
-      state.beat = beat;
+    if (host.heartbeat != state.beat) {
+      state.beat = host.heartbeat;
       state.beat_ns = now_ns;
     } else if (now_ns - state.beat_ns > p.heartbeat_ns) {
       return LeaveReason::kHeartbeat;
     }
   }
   if (p.lease_ns > 0 && now_ns - state.launched_ns > p.lease_ns) return LeaveReason::kLease;
-  if (state.n_order > 0 || load_acquire_system(&p.mailbox->submit_tail) != state.submit_head) state.busy_ns = now_ns;
+  if (state.n_order > 0 || host.submit_tail != state.submit_head) state.busy_ns = now_ns;
   if (p.idle_ns > 0 && now_ns - state.busy_ns > p.idle_ns) return LeaveReason::kIdle;
   return LeaveReason::kNone;
 }
@@ -108,7 +112,7 @@ XL_FN LeaveReason leave_reason(const Params& p, uint64_t now_ns) {
 XL_FN void publish_round(const Params& p) {
   Mailbox& mailbox = *p.mailbox;
   mailbox.running = uint32_t(p.state->n_order);
-  store_release_system(&mailbox.progress, ++p.state->n_rounds);
+  store_relaxed_system(&mailbox.progress, ++p.state->n_rounds);  // a sign of life, which nobody reads others by
   if (p.step->leave == int(LeaveReason::kNone)) return;
   mailbox.leave = uint32_t(p.step->leave);
   store_release_system(&mailbox.n_left, ++p.state->n_left);
@@ -118,23 +122,27 @@ XL_FN void publish_round(const Params& p) {
 template <class Team, class Dims>
 XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Dims& d) {
   LoopState& state = *p.state;
-  const uint64_t now_ns = clock_ns();
-  if (team.thread() == 0 && p.step->n_rows > 0) commit_step(grid, p, d, now_ns);
-  stage_scheduler(team, grid, p, d, now_ns);
+  const uint64_t now_ns = clock_ns(), begin_ticks = clock_ticks();
+  HostWords host = {};  // thread 0's
+  if (team.thread() == 0) {
+    if (p.step->n_rows > 0) commit_step(grid, p, d, now_ns);
+    begin_phase(state, Phase::kControl, begin_ticks);  // behind the commit, which takes the time of rounds before this one
+    host = read_host(*p.mailbox);
+  }
+  stage_scheduler(team, grid, p, d, host, now_ns);
   if (team.thread() == 0) {
     for (int i = 0; i < state.n_order; ++i) p.slots[p.order[i]].row_count = p.slots[p.order[i]].n_drafts = 0;
-    p.step->leave = int(leave_reason(p, now_ns));
-    state.draft_rows = !p.step->leave && rings_have_room(p) ? rows_for_drafts(p) : -1;
+    p.step->leave = int(leave_reason(p, host, now_ns));
+    state.draft_rows = !p.step->leave && rings_have_room(p, host) ? rows_for_drafts(p) : -1;
   }
   team.sync();
   const int draft_rows = state.draft_rows;
   if (draft_rows > 0) stage_draft(team, p, d, draft_rows);
   if (team.thread() == 0) {
-    if (draft_rows >= 0) plan_step(grid, p, d.page_size, now_ns);
-    store_release_system(&p.mailbox->event_tail, state.event_tail);
-    store_release_system(&p.mailbox->step_tail, state.step_tail);
+    if (draft_rows >= 0) plan_step(grid, p, host, d.page_size, now_ns);
+    store_release_system(&p.mailbox->event_tail, state.event_tail, state.step_tail);  // whoever sees a step sees its events
     publish_round(p);
-    state.phase_ns[int(Phase::kControl)] += clock_ns() - now_ns;
+    end_phase(state, Phase::kControl);
   }
   team.sync();
 }

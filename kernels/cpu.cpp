@@ -42,6 +42,7 @@ template <class W, class C>
 struct RuntimeDims : xl::Dims {
   using Weight = W;
   using Cache = C;
+  static constexpr WeightLayout weight_layout = WeightLayout::kRows;
 };
 
 struct Command {
@@ -189,11 +190,11 @@ void run_launched(Session& s, int team_id, int thread) {
   with_dims(s, [&](const auto& d) {
     for (uint64_t next = 0; wait_for_command(s, team, next); ++next) {
       const Command command = s.commands[next % kCommands];
-      const uint64_t begin = clock_ns();
+      const uint64_t begin = clock_ticks();
       run_phase(command.phase, team, grid, s.params, d, command.layer);
       if (!grid.sync(team)) return;
       if (team_id == 0 && thread == 0) {
-        s.params.state->phase_ns[int(command.phase)] += clock_ns() - begin;
+        s.params.state->phase_ticks[int(command.phase)] += clock_ticks() - begin;
         store_release(&s.completed, next + 1);
       }
     }
@@ -242,7 +243,7 @@ Session* xl_open(const Params* params, const xl::Dims* dims, int32_t weight, int
 
 // Asks the loop to leave, joins its threads, frees the session. The abort reason stays in the mailbox.
 void xl_close(Session* session) {
-  store_release_system(&session->params.mailbox->stop, uint32_t(1));
+  store_release_system(&session->params.mailbox->stop, uint64_t(1));
   for (std::thread& thread : session->threads) thread.join();
   delete session;
 }
@@ -261,7 +262,7 @@ int32_t xl_submit(const Params* params, const Submission* request, const int32_t
   Submission& entry = ring_entry(p.submissions, p.submission_capacity, tail);
   entry = *request;
   entry.prompt_begin = prompt_tail;
-  mailbox.prompt_tail = prompt_tail + count;
+  store_relaxed_system(&mailbox.prompt_tail, prompt_tail + count);  // its own, but control reads the whole line
   store_release_system(&mailbox.submit_tail, tail + 1);
   return 1;
 }
@@ -300,7 +301,7 @@ int32_t xl_aborted(const Params* params) { return int32_t(load_acquire_system(&p
 // Launches that ended with their state kept.
 uint64_t xl_left(const Params* params) { return load_acquire_system(&params->mailbox->n_left); }
 
-void xl_stop(const Params* params) { store_release_system(&params->mailbox->stop, uint32_t(1)); }
+void xl_stop(const Params* params) { store_release_system(&params->mailbox->stop, uint64_t(1)); }
 
 // Asks an idle loop for its clock; 0: no answer within the time.
 uint64_t xl_ping(const Params* params, uint64_t within_ns) {

@@ -1,6 +1,7 @@
 // The forward pass: the order of phases, written once. What a phase is comes from the list in generated/layout.h.
 #pragma once
 
+#include "clock.h"
 #include "phases/attend.h"
 #include "phases/down.h"
 #include "phases/embed.h"
@@ -47,19 +48,21 @@ XL_FN bool forward(Team& team, Grid& grid, const Params& p, const Dims& d) {
   const bool filters = p.step->n_filter_rows > 0;
   const uint64_t step = p.step->step;
   const bool timed = grid.team == 0 && team.thread() == 0;
-  uint64_t begin = timed ? clock_ns() : 0;
-  return for_each_phase(d, [&](Phase phase, int layer) {
+  if (timed) begin_span(*p.state);
+  const bool done = for_each_phase(d, [&](Phase phase, int layer) {
     if (phase == Phase::kFilter && !filters) return true;
+    if (timed) begin_phase(*p.state, phase, clock_ticks());
     grid.note(team, phase, layer, step);
+    // Else each phase's addresses and shares, which never change, fill the registers of all the others.
+    forget(grid.team);
+    team.forget();
     run_phase(phase, team, grid, p, d, layer);
     const bool alive = grid.sync(team);
-    if (timed) {
-      const uint64_t end = clock_ns();
-      p.state->phase_ns[int(phase)] += end - begin;
-      begin = end;
-    }
+    if (timed) end_phase(*p.state, phase);
     return alive;
   });
+  if (timed) end_span(*p.state);
+  return done;
 }
 
 }  // namespace xl

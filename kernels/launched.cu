@@ -1,6 +1,7 @@
 // The same phases as one kernel each, for a host that launches them in order.
 
 #include "launched.h"
+#include "retile.h"
 
 extern __shared__ __align__(128) float xl_scratch[];
 
@@ -24,4 +25,9 @@ XL_FORWARD_PHASES(XL_PHASE_KERNEL)
 extern "C" __global__ void __launch_bounds__(xl::Team::threads, 1) xl_apply_patches(const __grid_constant__ xl::Params p) {
   const xl::Team team = xl::this_team(xl_scratch);
   xl::apply_patches(team, launched_grid(p), p);
+}
+
+extern "C" __global__ void __launch_bounds__(xl::Team::threads)
+    xl_retile(const xl::WeightUnit* from, xl::WeightUnit* to, int64_t first, int count, int row_units, int tile_units) {
+  xl::retile(xl::this_team(xl_scratch), int(blockIdx.x), int(gridDim.x), from, to, first, count, row_units, tile_units);
 }

@@ -6,13 +6,19 @@
 
 namespace xl {
 
-// Team 0 adds its time to LoopState.phase_ns.
+// Team 0 adds its time to LoopState, by both clocks: the host scales a step's ticks by what both saw of it.
 template <class Team, class Dims>
 XL_FN void launched_phase(Phase phase, Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
   const bool timed = grid.team == 0 && team.thread() == 0;
-  const uint64_t begin = timed ? clock_ns() : 0;
+  if (timed) {
+    begin_span(*p.state);
+    begin_phase(*p.state, phase, clock_ticks());
+  }
   run_phase(phase, team, grid, p, d, layer);
-  if (timed) p.state->phase_ns[int(phase)] += clock_ns() - begin;
+  if (timed) {
+    end_phase(*p.state, phase);
+    end_span(*p.state);
+  }
 }
 
 // Before the phases of a step: what changed in the page table and the counts since the last one.

@@ -19,19 +19,20 @@ XL_FN void begin_launch(const Params& p) {
 template <class Team>
 XL_FN void wait_for_work(Team& team, const Params& p) {
   if (team.thread() == 0) {
-    const uint64_t ping = load_acquire_system(&p.mailbox->ping);
-    if (ping != p.state->pong) {
-      p.state->pong = ping;
+    const LoopState& state = *p.state;
+    HostWords host = read_host(*p.mailbox);
+    if (host.ping != state.pong) {
+      p.state->pong = host.ping;
       p.mailbox->pong_ns = clock_ns();
-      store_release_system(&p.mailbox->pong, ping);
+      store_release_system(&p.mailbox->pong, host.ping);
     }
     const uint64_t give_up = clock_ns() + 1000000;
     int turns = 0;
-    while (load_acquire_system(&p.mailbox->submit_tail) == p.state->submit_head &&
-           load_acquire_system(&p.mailbox->cancel_tail) == p.state->cancel_head &&
-           load_acquire_system(&p.mailbox->stop) == 0 && load_acquire_system(&p.mailbox->ping) == p.state->pong &&
-           clock_ns() < give_up)
+    while (host.submit_tail == state.submit_head && host.cancel_tail == state.cancel_head && host.stop == 0 &&
+           host.ping == state.pong && clock_ns() < give_up) {
       relax(turns);
+      host = read_host(*p.mailbox);
+    }
   }
   team.sync();
 }

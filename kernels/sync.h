@@ -10,6 +10,9 @@ struct Range {
   int begin, end;
 };
 
+// Added to the arrivals when the loop is aborted: above any target, and never reached by counting.
+constexpr uint64_t kAborted = uint64_t(1) << 62;
+
 struct Grid {
   GridState* state;
   Mailbox* mailbox;
@@ -19,16 +22,18 @@ struct Grid {
   FlightEntry* flight = nullptr;  // this team's ring
   AbortReason late = AbortReason::kBarrierTimeout;  // what a wait that lasts too long means
 
-  // Writes the reason unless there is one already; everybody leaves at the next barrier.
+  // Writes the reason unless there is one already; everybody leaves at the next barrier, and who waits at one leaves now.
   XL_FN void abort(AbortReason reason) const {
     if (claim(&state->abort, uint32_t(reason))) {
       mailbox->abort_team = uint32_t(team);
       store_release_system(&mailbox->abort, uint32_t(reason));
+      add_release(&state->arrivals, kAborted);
     }
   }
 
   // All threads of all teams arrive before any goes on, and see what the others wrote before. False: the loop is aborted.
-  // Monotonic count of arrivals, release to arrive and acquire to wait.
+  // Monotonic count of arrivals, release to arrive and acquire to wait; one word says both that all are there and that the loop
+  // is aborted, so that nothing else is read behind a barrier.
   template <class Team>
   XL_FN bool sync(Team& team_) {
     ++epoch;
@@ -36,23 +41,18 @@ struct Grid {
     if (team_.thread() == 0) {
       add_release(&state->arrivals, 1);
       const uint64_t target = epoch * uint64_t(teams);
-      bool alive = true;
-      if (load_acquire(&state->arrivals) < target) {
+      uint64_t seen = load_acquire(&state->arrivals);
+      if (seen < target) {
         const uint64_t give_up = clock_ns() + deadline_ns;
         int turns = 0, unchecked = 0;
-        while (load_acquire(&state->arrivals) < target) {
+        while ((seen = load_acquire(&state->arrivals)) < target) {
           relax(turns);
           if (++unchecked < 64) continue;
           unchecked = 0;
-          if (load_acquire(&state->abort) != 0) {
-            alive = false;
-            break;
-          }
           if (clock_ns() > give_up) abort(late);
         }
       }
-      alive = alive && load_acquire(&state->abort) == 0;
-      team_.shared_ints()[0] = alive ? 1 : 0;
+      team_.shared_ints()[0] = seen < kAborted ? 1 : 0;
     }
     team_.sync();
     return team_.shared_ints()[0] != 0;
@@ -70,23 +70,26 @@ struct Grid {
     return all;
   }
 
-  // Thread 0 notes what its team is about to do. Behind a barrier, so that the write has the phase's time to reach the host.
+  // Thread 0 notes what its team is about to do, in one store, which nobody waits for: behind a barrier, so that it has the
+  // phase's time to reach the host.
   template <class Team>
   XL_FN void note(const Team& team_, Phase phase, int layer, uint64_t step) const {
     if (flight == nullptr || team_.thread() != 0) return;
-    FlightEntry& entry = flight[epoch & uint64_t(kFlightEntries - 1)];
-    entry.clock_ns = clock_ns();
-    entry.step = uint32_t(step);
-    entry.phase = uint16_t(phase);
-    entry.layer = uint16_t(layer);
+    static_assert(sizeof(FlightEntry) == 16 && offsetof(FlightEntry, step) == 8 && offsetof(FlightEntry, phase) == 12, "one store");
+    const uint64_t what = uint64_t(uint32_t(step)) | uint64_t(uint16_t(phase)) << 32 | uint64_t(uint16_t(layer)) << 48;
+    store16(&flight[epoch & uint64_t(kFlightEntries - 1)], clock_ns(), what);
   }
 
   // This warp's contiguous part of n units, in granules: sizes differ by one granule at most.
   template <class Team>
   XL_FN Range share(const Team& team_, int n, int granule) const {
-    const long long part = (long long)team * Team::warps + team_.warp(), parts = (long long)teams * Team::warps;
-    const long long granules = (n + granule - 1) / granule;
-    const int begin = int(granules * part / parts) * granule, end = int(granules * (part + 1) / parts) * granule;
+    const uint32_t part = uint32_t(team * Team::warps + team_.warp()), parts = uint32_t(teams * Team::warps);
+    const uint32_t granules = uint32_t((n + granule - 1) / granule);
+    // Division of 32 bits where they do: of 64 it takes a GPU a hundred instructions, each phase.
+    const auto edge = [=](uint32_t at) {
+      return granules < (1u << 19) && parts < (1u << 13) ? int(granules * at / parts) : int(uint64_t(granules) * at / parts);
+    };
+    const int begin = edge(part) * granule, end = edge(part + 1) * granule;
     return {begin, end < n ? end : n};
   }
 };

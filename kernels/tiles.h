@@ -1,5 +1,4 @@
-// How weights and KV pages are addressed. A matrix is read through RowMajor only, so that another layout of the same order of
-// sums can take its place.
+// How weights and KV pages are addressed. A matrix is read through MatrixOf only: RowMajor or Tiled, with one order of sums.
 #pragma once
 
 #include "platform/platform.h"
@@ -15,6 +14,30 @@ struct RowMajor {
   XL_FN RowMajor(const void* base, int k) : base(static_cast<const W*>(base)), k(k) {}
   XL_FN const W* row(int n) const { return base + size_t(n) * size_t(k); }
 };
+
+// [rows, k] in tiles, see platform/weight_row.h.
+template <class W>
+struct Tiled {
+  const W* base;
+  int k;
+
+  XL_FN Tiled(const void* base, int k) : base(static_cast<const W*>(base)), k(k) {}
+  XL_FN TiledRow<W> row(int n) const {
+    return {base + size_t(n / kWeightTileRows) * size_t(kWeightTileRows) * size_t(k), n % kWeightTileRows, k};
+  }
+};
+
+template <class W, WeightLayout layout>
+struct MatrixIn {
+  using type = RowMajor<W>;
+};
+template <class W>
+struct MatrixIn<W, WeightLayout::kTiles> {
+  using type = Tiled<W>;
+};
+// The model's matrices.
+template <class Dims>
+using MatrixOf = typename MatrixIn<typename Dims::Weight, Dims::weight_layout>::type;
 
 // An output of a projection with its bias, where there is one.
 XL_FN float biased(float value, const float* bias, int n) { return bias ? value + bias[n] : value; }
@@ -72,7 +95,7 @@ XL_FN void panel_rows(Team& team, Rows row, int n, int end, const A* x, int stri
 template <int M, class Team, class Rows, class A, class Sink>
 XL_FN void dot_tiles(Team& team, Rows row, int begin, int end, const A* x, int stride, int k, int count, Sink sink) {
   constexpr int kTile = Team::tile;
-  if constexpr (Team::panel_rows > 0) {
+  if constexpr (Team::panel_rows > 0 && RowTraits<decltype(row(0, 0))>::contiguous) {
     using Panel = decltype(Team::panel_of(row(0, 0), x));
     if constexpr (Panel::packed) {
       constexpr int kMost = Panel::rows;
@@ -100,8 +123,8 @@ XL_FN void dot_tiles(Team& team, Rows row, int begin, int end, const A* x, int s
 }
 
 // Calls sink(n, r, matrix[n] . x[r]) for rows begin .. end of a matrix and r < count.
-template <class Team, class W, class A, class Sink>
-XL_FN void dot_each(Team& team, RowMajor<W> matrix, int begin, int end, const A* x, int stride, int k, int count, Sink sink) {
+template <class Team, class Matrix, class A, class Sink>
+XL_FN void dot_each(Team& team, Matrix matrix, int begin, int end, const A* x, int stride, int k, int count, Sink sink) {
   dot_tiles<1>(
       team, [&](int, int n) { return matrix.row(n); }, begin, end, x, stride, k, count,
       [&](int n, int width, int r, const auto& values) {

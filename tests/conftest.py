@@ -6,13 +6,17 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: the kernels' threads need the cores
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache as memoize
 from pathlib import Path
+from typing import Any
 
+import cubins
+import kinds
 import pytest
 from checkpoints import CASES, make_case, make_checkpoint
 
+from xlpk import toolchain
 from xlpk.backends.cpu import CpuLibrary
 from xlpk.model import Model, load_model
 from xlpk.toolchain import build_cpu_library
@@ -36,6 +40,29 @@ SMALL = {  # checkpoints for tests of the control plane: a step takes well under
         "vocab_size": 131,
     },
 }
+
+
+_build_cubin = toolchain.build_cubin
+
+
+def _build_and_record(source: str, cache: Path, **options: Any) -> toolchain.Build:
+    cubins.record(source, cache, **options)
+    return _build_cubin(source, cache, **options)
+
+
+toolchain.build_cubin = _build_and_record  # before anybody imports it by name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_cubins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fails a session that asked nvcc for more than it may, cached or not, in this process or a child."""
+    os.environ[cubins.RECORD] = str(tmp_path_factory.mktemp("cubins") / "names")
+    yield
+    if kinds.real_driver():
+        return  # where each model has cubins of its own
+    asked = sorted(cubins.recorded())
+    allowed = f"{len(asked)} cubins, and tests/cubins.py allows {cubins.MOST}"
+    assert len(asked) <= cubins.MOST, "\n".join([allowed, *asked])
 
 
 @pytest.fixture(scope="session")

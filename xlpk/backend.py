@@ -71,6 +71,7 @@ class BackendReport:
     d2h_copies: int = 0
     h2d_bytes: int = 0
     d2h_bytes: int = 0
+    counted: bool = True  # False: a library makes the calls and nobody counts them; the six figures say nothing
     clock_error_ns: int = 0  # half the narrowest bracket of a device clock reading between two host readings
     details: dict[str, str] = field(default_factory=dict)  # threads, compiler, flags, library, ...
 

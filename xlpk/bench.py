@@ -24,6 +24,7 @@ from typing import Any
 
 from xlpk.backends.library import usable_cores
 from xlpk.bench_report import print_report, spread, summarise
+from xlpk.bench_startup import first_token, print_startup, startup
 from xlpk.errors import InputError, ToolError
 from xlpk.model import SHAPES
 from xlpk.toolchain import build_cpu_library, build_shared, kernels_folder
@@ -90,25 +91,6 @@ class Child:
             self._process.wait()
         self._process.stdout.close()
         self._said.close()
-
-
-def first_token(cache: Path) -> Answer:
-    """Seconds from the start of a process that runs the tiny model to the first token that its host saw.
-
-    The kernels are built; what the process reads is in the page cache. Tracking and warm-up are off.
-    """
-    with tempfile.TemporaryDirectory() as held:
-        outputs = Path(held)
-        (outputs / "cache").symlink_to(cache.resolve())
-        options = ("tracking=none", "run.warmup_steps=0", f"run.outputs={outputs}", f"hydra.run.dir={outputs}/run")
-        begin_ns = time.monotonic_ns()
-        done = subprocess.run([sys.executable, "-m", "xlpk.run", *options], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ToolError(f"bench, first token: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-        lines = (outputs / "run" / "events.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    seen = {name: next(e["host_ns"] for e in events if e["event"] == name) for name in ("header", "submit", "token")}
-    return {f"{name}_s": (at - begin_ns) / 1e9 for name, at in seen.items()}
 
 
 def engine_jobs(args: argparse.Namespace, model: str, threads: int, files: Answer) -> dict[str, Job]:
@@ -208,6 +190,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-mapped", dest="mapped", action="store_false", help="without xlpk on a mapped checkpoint")
     parser.add_argument("--buffer-mib", type=int, default=2048, help="MiB read to measure bandwidth")
     parser.add_argument("--quick", action="store_true", help="the tiny model, one round: does it work at all")
+    parser.add_argument("--startup", action="store_true", help="only what a run costs beside its measurement")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the JSON goes to OUTPUTS/bench")
     parser.add_argument("--cache", type=Path, default=None, help="builds, files for peers; default: OUTPUTS/cache")
     args = parser.parse_args(argv)
@@ -258,10 +241,12 @@ def bench(args: argparse.Namespace) -> Answer:
         for threads in args.threads:
             rows.append(summarise(model, threads, measure(args, model, threads), args.widths))
     cold: Answer = {}
+    whole: Answer = {}
     if "tiny" in args.models:
         first_token(args.cache)  # brings what it reads into the page cache
         starts = [first_token(args.cache) for _ in range(args.rounds)]
         cold = {name: spread([start[name] for start in starts]) for name in starts[0]}
+        whole = {} if args.quick else startup(args.cache, args.rounds)
     report = {
         "date": datetime.now().isoformat(timespec="seconds"),
         "cores": usable_cores(),
@@ -269,6 +254,7 @@ def bench(args: argparse.Namespace) -> Answer:
         "seconds": round(time.monotonic() - begin, 1),
         "rows": rows,
         "first_token": cold,
+        "startup": whole,
         "skipped": notes,
     }
     folder = args.outputs / "bench"
@@ -276,13 +262,22 @@ def bench(args: argparse.Namespace) -> Answer:
     line = json.dumps(report)
     (folder / f"{datetime.now():%Y-%m-%d-%H%M%S}.json").write_text(line + "\n")
     print_report(report)
+    if whole:
+        print_startup(whole)
     print(line)
     return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        bench(parse(argv))
+        args = parse(argv)
+        if args.startup:
+            build_cpu_library(args.cache)
+            report = startup(args.cache, args.rounds)
+            print_startup(report)
+            print(json.dumps(report))
+        else:
+            bench(args)
     except (InputError, ToolError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,58 +1,43 @@
-"""`xlpk run OVERRIDES | ui | upload RUN_DIR... | doctor`: the console script."""
+"""The console script: `xlpk run OVERRIDES | ui | upload RUN_DIR... | report RUN... | doctor | completion SHELL`."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+from xlpk import __version__
 from xlpk.errors import BackendError, InputError, ToolError
 from xlpk.isolate import leave_if_lost
-
-SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}  # 2 processes, not 10
+from xlpk.process import leave
 
 
 def _ui(args: argparse.Namespace) -> int:
-    """Becomes the MLflow server on a store."""
-    from xlpk import tracking
+    """The MLflow UI on a store, until Ctrl-C; a store that is a server already is named."""
+    from xlpk import tracking, ui
     from xlpk.settings import MlflowTracking
 
-    outputs = Path(args.outputs)
-    uri = tracking.store_uri(MlflowTracking(uri=args.store), outputs)
+    uri = ui.checked_store(tracking.store_uri(MlflowTracking(uri=args.store), Path(args.outputs)))
     if uri.startswith(("http:", "https:")):
         print(f"the store is a server already: open {uri}")
         return 0
-    file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:") and not file.exists():
-        raise InputError("--store", uri, "a store that a run has made: run `python -m xlpk.run` first, or name another")
-    print(f"MLflow UI on {uri}: open http://127.0.0.1:{args.port} (Ctrl-C ends it)", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--backend-store-uri",
-        uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(args.port),
-        "--workers",
-        "1",
-    ]
-    os.execve(sys.executable, command, {**os.environ, **SERVER})
+    port = ui.free_port(args.host, args.port)
+    print(f"starting MLflow on {ui.without_password(uri)}", file=sys.stderr, flush=True)
+    return ui.serve(uri, args.host, port, args.allowed_hosts)
 
 
 def _upload(args: argparse.Namespace) -> int:
-    """Run folders -> MLflow; the tracking settings of each run's own config unless options say otherwise."""
-    from xlpk import record, tracking
+    """Run and sweep folders -> MLflow; the tracking settings of each one's own config unless options say otherwise."""
+    from xlpk import record, sweep_folder, tracking
     from xlpk.settings import MlflowTracking
 
     for folder in map(Path, args.run_dir):
-        if not (folder / record.STATUS).exists():
-            raise InputError("RUN_DIR", folder, f"a run folder, with {record.STATUS} in it")
-        config = record.read_config(folder).get("tracking", {})
+        is_sweep = sweep_folder.is_sweep(folder)
+        if not is_sweep and not (folder / record.STATUS).exists():
+            allowed = f"a run folder, with {record.STATUS} in it, or a sweep's, with {sweep_folder.SWEEP}"
+            raise InputError("RUN_DIR", folder, allowed)
+        config = (sweep_folder.read(folder) if is_sweep else record.read_config(folder)).get("tracking", {})
         choice = MlflowTracking(
             uri=args.store or config.get("uri"), experiment=args.experiment or config.get("experiment", "xlpk")
         )
@@ -66,6 +51,14 @@ def _upload(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    """Runs and sweeps -> a page; with --fail-if a check too."""
+    from xlpk import report_page
+
+    out = None if args.output is None else Path(args.output)
+    return report_page.main([Path(name) for name in args.run_or_sweep], out, args.fail_if, args.certain)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     """What this machine can run."""
     from xlpk import doctor
@@ -73,24 +66,61 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor.main(Path(args.outputs).resolve() / "cache", as_json=args.json)
 
 
+def _completion(args: argparse.Namespace) -> int:
+    """The script that a shell reads at its start."""
+    from xlpk import completion
+
+    print(completion.script(args.shell), end="")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="xlpk", description="A laboratory for GPU-resident LLM inference.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = _Parser(prog="xlpk", description="A laboratory for GPU-resident LLM inference.")
+    parser.add_argument("--version", action="version", version=f"xlpk {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("run", help="one run or, with -m, a sweep; `xlpk run --help` shows groups and keys")
     ui = commands.add_parser("ui", help="the MLflow UI on the store of this folder's runs")
-    ui.add_argument("--store", help="store URI; else MLFLOW_TRACKING_URI, else OUTPUTS/mlflow.db")
+    ui.add_argument("--store", help="store, URI or file; else MLFLOW_TRACKING_URI, else OUTPUTS/mlflow.db")
     ui.add_argument("--outputs", default="outputs", help="folder that runs write to (outputs)")
-    ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1); 0.0.0.0: all of them")
+    ui.add_argument("--port", type=int, help="port to listen on; else the first free one from 5000 on")
+    ui.add_argument("--allowed-hosts", help="names that browsers may use for this machine; MLflow's option")
     ui.set_defaults(call=_ui)
-    upload = commands.add_parser("upload", help="logs run folders to MLflow, again or later")
-    upload.add_argument("run_dir", nargs="+", metavar="RUN_DIR")
+    upload = commands.add_parser("upload", help="logs runs and sweeps to MLflow, again or later")
+    upload.add_argument("run_dir", nargs="+", metavar="FOLDER", help="of a run or of a sweep")
     upload.add_argument("--store", help="store URI; else the run's, MLFLOW_TRACKING_URI, OUTPUTS/mlflow.db")
     upload.add_argument("--experiment", help="MLflow experiment; else the run's")
     upload.set_defaults(call=_upload)
+    report = commands.add_parser("report", help="one page on runs and sweeps: tables, figures, comparisons, checks")
+    report.add_argument("run_or_sweep", nargs="+", metavar="RUN_OR_SWEEP", help="folder of a run or of a sweep")
+    report.add_argument(
+        "-o", "--output", metavar="FOLDER", help="else RUN_OR_SWEEP/report; for several OUTPUTS/reports/"
+    )
+    report.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="'METRIC OP NUMBER[x]'",
+        help="exit code 1 if it holds, e.g. 'latency/itl_ms.p50 > 1.05x'; x: times the first argument. May be repeated",
+    )
+    report.add_argument(
+        "--certain", action="store_true", help="--fail-if holds only where the 95 %% interval excludes the number"
+    )
+    report.set_defaults(call=_report)
     check = commands.add_parser("doctor", help="what this machine can run, and what to do where it cannot")
     check.add_argument("--outputs", default="outputs", help="folder that runs write to (outputs)")
     check.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     check.set_defaults(call=_doctor)
+    shell = commands.add_parser("completion", help='completion at TAB: eval "$(xlpk completion bash)"')
+    shell.add_argument("shell", choices=["bash", "zsh", "fish"])
+    shell.set_defaults(call=_completion)
     return parser
 
 
@@ -101,6 +131,10 @@ def main(argv: list[str] | None = None) -> int:
         from xlpk import run
 
         return run.main(argv[1:])
+    if argv[:1] == ["_complete"]:  # what the scripts of `xlpk completion` call
+        from xlpk import completion
+
+        return completion.main(argv[1:], _parser())
     args = _parser().parse_args(argv)
     try:
         code = int(args.call(args))
@@ -114,5 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def console() -> NoReturn:
+    """The entry of the console script: as `main`, as a whole process."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console()

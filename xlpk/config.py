@@ -19,39 +19,44 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from xlpk import layout
+from xlpk import launchers, layout
 from xlpk.dtypes import ELEMENT_BYTES, KV_DTYPES
 from xlpk.errors import InputError, shown
 from xlpk.kv import KV
 from xlpk.settings import (
     MODES,
     ORCHESTRATIONS,
+    WEIGHT_LAYOUTS,
     AutoBackend,
     CpuBackend,
     GraphBackend,
+    HfBackend,
     LaunchedBackend,
     MlflowTracking,
     Mode,
     ModelChoice,
     NoTracking,
     PersistentBackend,
+    Quality,
     Run,
     Scheduler,
     Settings,
 )
+from xlpk.slo import Slo
 from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
-from xlpk.workload import Prompts, Sampling, Synthetic, check_sampling, is_text
+from xlpk.workload import WORKLOADS, Sampling, check_sampling, is_text
 
 PACKAGE = "xlpk.conf"
 GROUPS: dict[str, tuple[type, ...]] = {
-    "backend": (AutoBackend, CpuBackend, PersistentBackend, LaunchedBackend, GraphBackend),
+    "backend": (AutoBackend, CpuBackend, PersistentBackend, LaunchedBackend, GraphBackend, HfBackend),
     "spec": (NoSpec, Ngram, Oracle),
     "acceptance": (Keyed, Greedy, Forced),
-    "workload": (Prompts, Synthetic),
+    "workload": WORKLOADS,
     "tracking": (MlflowTracking, NoTracking),
 }
 WHOLE: dict[str, type] = {  # nodes of one class
     "mode": Mode, "kv": KV, "model": ModelChoice, "sampling": Sampling, "scheduler": Scheduler, "run": Run,
+    "quality": Quality, "slo": Slo,
 }  # fmt: skip
 MAX_NGRAM = 8  # tokens
 UNKNOWN = "..."  # a value that Hydra does not hand on
@@ -71,6 +76,8 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     scheduler: Scheduler = field(default_factory=Scheduler)
     tracking: Any = None
+    quality: Quality = field(default_factory=Quality)
+    slo: Slo = field(default_factory=Slo)
     run: Run = field(default_factory=Run)
 
 
@@ -84,6 +91,8 @@ def register() -> None:
     # Cached by Hydra for all jobs of a sweep; two runs started in one second do not share a folder.
     OmegaConf.register_new_resolver("xlpk_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)
     OmegaConf.register_new_resolver("xlpk_groups", _groups_help, replace=True)
+    OmegaConf.register_new_resolver("xlpk_jobs", launchers.jobs_of, replace=True)
+    OmegaConf.register_new_resolver("xlpk_cores", launchers.threads_of, replace=True)
 
 
 def node_name(node: Any) -> str:
@@ -101,9 +110,9 @@ def options(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    return sorted(
-        entry.name for entry in resources.files(PACKAGE).iterdir() if entry.is_dir() and not entry.name.startswith("_")
-    )
+    others = ("hydra",)  # Hydra's own groups; its launchers are named in config.yaml and docs/scale.md
+    names = [entry.name for entry in resources.files(PACKAGE).iterdir() if entry.is_dir()]
+    return sorted(name for name in names if not name.startswith("_") and name not in others)
 
 
 def _groups_help() -> str:
@@ -128,6 +137,11 @@ def validate(cfg: DictConfig) -> Settings:
     _check_numbers(config)
     check_sampling(config.sampling, layout.MAX_STOP_IDS)
     spec, notes = _check_mode(config)
+    if isinstance(config.backend, HfBackend):
+        config.backend.check(spec, config.acceptance)
+        notes += [note] if (note := config.backend.note(spec)) else []
+    config.quality.check()
+    config.slo.check()
     return Settings(
         mode=config.mode.name,
         backend=config.backend,
@@ -141,6 +155,8 @@ def validate(cfg: DictConfig) -> Settings:
         tracking=config.tracking,
         run=config.run,
         requested_block=config.spec.block,
+        quality=config.quality,
+        slo=config.slo,
         notes=tuple(notes),
         resolved={str(key): value for key, value in resolved.items()},
     )
@@ -172,6 +188,8 @@ def _check_nodes(config: Config) -> None:
         _one_of("backend.orchestration", config.backend.orchestration, ORCHESTRATIONS)
     if isinstance(config.backend, LaunchedBackend):
         _one_of("backend.sync", config.backend.sync, ("step", "phase"))
+    if isinstance(config.backend, PersistentBackend | LaunchedBackend | GraphBackend):
+        _one_of("backend.weight_layout", config.backend.weight_layout, WEIGHT_LAYOUTS)
     if config.model.name == "hf" and not config.model.path:
         raise InputError("model.path", "null", "a folder with config.json and safetensors files: model.path=FOLDER")
     if config.model.name != "hf" and config.model.path:
@@ -182,13 +200,14 @@ def _check_nodes(config: Config) -> None:
         raise InputError(
             "model.seed", config.model.seed, f"hash weights take a seed; model={config.model.name} has none"
         )
+    if config.quality.measure and config.model.name not in ("hf", "tiny"):
+        raise InputError("quality.measure", "true", f"false: model={config.model.name} has no tokenizer and no text")
     _one_of("model.dtype", config.model.dtype, ("auto", *ELEMENT_BYTES))
     _one_of("model.generation_config", config.model.generation_config, ("auto", "none"))
     _one_of("kv.dtype", config.kv.dtype, ("auto", *KV_DTYPES))
     if not config.run.outputs:
         raise InputError("run.outputs", "''", "a folder")
-    if isinstance(config.workload, Prompts):
-        config.workload.texts()  # refuses an empty prompt or a missing file before a model is loaded
+    config.workload.check()
 
 
 def _check_numbers(config: Config) -> None:
@@ -234,13 +253,16 @@ def _check_numbers(config: Config) -> None:
 def _check_mode(config: Config) -> tuple[NoSpec | Ngram | Oracle, list[str]]:
     """The proposer that runs, and the notes. A contradiction is refused; `serial_decode` answers other blocks by 1."""
     mode, spec = config.mode.name, config.spec
-    if mode == "serial_decode":
+    if mode == "quality" and not config.quality.measure:
+        raise InputError("quality.measure", "false", "true in mode=quality; mode=serial_decode is the one without")
+    if mode in ("serial_decode", "quality"):
         if not isinstance(spec, NoSpec):
-            raise InputError("spec", spec.name, "mode=serial_decode drafts nothing: none, or mode=speculative_decode")
+            drafting = "mode=speculative_decode" + (" quality.measure=true" if mode == "quality" else "")
+            raise InputError("spec", spec.name, f"mode={mode} drafts nothing: none, or {drafting}")
         if isinstance(config.acceptance, Forced):
-            raise InputError("acceptance", "forced", "mode=serial_decode has no drafts to reject: keyed or greedy")
+            raise InputError("acceptance", "forced", f"mode={mode} has no drafts to reject: keyed or greedy")
         if spec.block != 1:
-            return NoSpec(), [f"spec.block={spec.block}: mode=serial_decode runs with an effective block of 1"]
+            return NoSpec(), [f"spec.block={spec.block}: mode={mode} runs with an effective block of 1"]
         return spec, []
     if isinstance(spec, NoSpec):
         drafting = "ngram or oracle" if mode == "speculative_decode" else "oracle"
@@ -296,6 +318,8 @@ def _explain(error: Exception) -> InputError:
         return InputError("command line", _short(error.override), hint)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and option in launchers.PLUGIN_OF:
+            return InputError(group, option, launchers.install(launchers.PLUGIN_OF[option]))
         return InputError(group or "config", option, _suggest(option, [o for o in error.options or [] if o]))
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):

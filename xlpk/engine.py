@@ -22,7 +22,7 @@ from xlpk.errors import BackendError
 from xlpk.hash_weights import Fill
 from xlpk.kv import KVPlan
 from xlpk.model import SHAPES, Model
-from xlpk.settings import AutoBackend, CpuBackend, Settings
+from xlpk.settings import AutoBackend, CpuBackend, HfBackend, Settings
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Oracle, Proposer
 from xlpk.stopping import StopMatcher
 from xlpk.units import format_bytes
@@ -92,10 +92,13 @@ def make_backend(settings: Settings, spec: Proposer, acceptance: Acceptance) -> 
     """The backend that the config names, imported now."""
     from xlpk.backends import choose
 
-    uploads = {} if isinstance(settings.backend, CpuBackend | AutoBackend) else {"progress": _show_upload}
+    ours = isinstance(settings.backend, CpuBackend | AutoBackend | HfBackend)
+    extra: dict[str, Any] = {} if ours else {"progress": _show_upload}
+    if settings.keep_logits:
+        extra["debug_logits"] = True
     return choose.make(
         settings.backend,
-        **uploads,
+        **extra,
         max_num_seqs=settings.scheduler.max_num_seqs,
         max_step_rows=settings.scheduler.max_step_rows,
         prefill_chunk=settings.scheduler.prefill_chunk,
@@ -149,6 +152,10 @@ def serve(
     log.add("header", **_header(settings, model, plan, requests))
     if isinstance(settings.spec, Oracle):
         requests = _with_answers(settings, model, plan, requests, make, log)
+    if settings.quality.measure:
+        from xlpk import quality
+
+        quality.measure(settings, model, plan, make, log)
     backend = make(settings, settings.spec, settings.acceptance)
     if hasattr(backend, "folder"):
         backend.folder = log.folder
@@ -169,7 +176,8 @@ def serve(
         outcome.report = backend.close()  # before the log: a disk that is full must not keep the threads
         for sample in getattr(backend, "power_samples", list)():
             log.add("power", **sample)
-        log.add("counters", **{k: v for k, v in asdict(outcome.report).items() if k != "details"})
+        if outcome.report.counted:
+            log.add("counters", **{k: v for k, v in asdict(outcome.report).items() if k not in ("details", "counted")})
 
 
 def _header(settings: Settings, model: Model, plan: KVPlan, requests: list[Request]) -> dict[str, Any]:
@@ -188,10 +196,18 @@ def _header(settings: Settings, model: Model, plan: KVPlan, requests: list[Reque
         "spec": {**asdict(settings.spec), "requested_block": settings.requested_block},
         "acceptance": asdict(settings.acceptance),
         "kv": {**asdict(plan), "token_bytes": plan.token_bytes},
-        "phase_bytes": model.config.phase_bytes(model.weights.dtype),
-        "phases": list(layout.PHASE_NAMES),
+        **_phases(settings, model),
         "requests": len(requests),
+        "slo": asdict(settings.slo),
     }
+
+
+def _phases(settings: Settings, model: Model) -> dict[str, Any]:
+    """The phases that steps are timed by, and the weight bytes that each must read."""
+    dtype = settings.stored_dtype(model.weights.dtype)
+    if isinstance(settings.backend, HfBackend):
+        return {"phases": ["forward", "control"], "phase_bytes": {"forward": model.config.bytes_per_token(dtype)}}
+    return {"phases": list(layout.PHASE_NAMES), "phase_bytes": model.config.phase_bytes(dtype)}
 
 
 def _warmup_request(settings: Settings, requests: list[Request]) -> Request | None:
@@ -201,7 +217,7 @@ def _warmup_request(settings: Settings, requests: list[Request]) -> Request | No
     count = min(settings.run.warmup_steps, first.max_new_tokens)
     answers = first.oracle[:count]
     return replace(
-        first,
+        first.untimed(),
         request_id=len(requests),
         max_new_tokens=count,
         stop_token_ids=(),
@@ -245,6 +261,8 @@ class _Session:
                 host_ns=arrival_ns,
                 prompt_tokens=len(request.prompt),
                 max_new_tokens=request.max_new_tokens,
+                **({"priority": request.priority} if request.priority else {}),
+                **({"deadline_ms": request.deadline_ms} if request.deadline_ms else {}),
             )
         n_sent = 0
         while len(self.outcome.reasons) < len(requests):
@@ -347,8 +365,11 @@ def _with_answers(
 ) -> list[Request]:
     """The requests with their right output, from an untimed serial run of the same backend."""
     details = (settings.backend.name, settings.backend.orchestration, plan.dtype, plan.max_len)
-    keys = {request.request_id: (model.fingerprint, details, replace(request, request_id=0)) for request in requests}
-    missing = [request for request in requests if keys[request.request_id] not in _ANSWERS]
+    keys = {
+        request.request_id: (model.fingerprint, details, replace(request.untimed(), request_id=0))
+        for request in requests
+    }
+    missing = [request.untimed() for request in requests if keys[request.request_id] not in _ANSWERS]
     begin_s = time.monotonic()
     if missing:
         for request_id, output in _serial_outputs(settings, model, plan, missing, make).items():

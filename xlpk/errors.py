@@ -40,3 +40,25 @@ class BackendError(RuntimeError):
 
 class HangError(BackendError):
     """Nothing moved on the device for too long. Exit code 4; the run is tagged HANG."""
+
+
+INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What a process that ends with `error` returns; 1 for anything unforeseen."""
+    if isinstance(error, InputError | ToolError | BackendError):
+        return error.exit_code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether its one line says everything; anything else also shows its traceback."""
+    return isinstance(error, InputError | ToolError | BackendError | KeyboardInterrupt)
+
+
+def one_line(error: BaseException) -> str:
+    """The message; its type in front where the message alone would say too little."""
+    known = isinstance(error, InputError | ToolError | BackendError)
+    text = str(error) if known else f"{type(error).__name__}: {error}".removesuffix(": ")
+    return " ".join(text.split())

@@ -28,6 +28,8 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "kGpuThreads": (256, "threads of a team on a GPU"),
     "kGpuLanes": (32, "threads of a warp there"),
     "kFlightEntries": (1024, "last phases that the flight recorder keeps for a team; a power of two"),
+    "kWeightTileRows": (8, "rows of a tile of weights"),
+    "kWeightTileColumns": (256, "columns of a tile of weights"),
 }
 VIRTUAL_LANES = CONSTANTS["kVirtualLanes"][0]
 ATTENTION_SPAN = CONSTANTS["kAttentionSpan"][0]
@@ -39,6 +41,8 @@ MAX_BIAS = CONSTANTS["kMaxBias"][0]
 GPU_THREADS = CONSTANTS["kGpuThreads"][0]
 GPU_LANES = CONSTANTS["kGpuLanes"][0]
 FLIGHT_ENTRIES = CONSTANTS["kFlightEntries"][0]
+WEIGHT_TILE_ROWS = CONSTANTS["kWeightTileRows"][0]
+WEIGHT_TILE_COLUMNS = CONSTANTS["kWeightTileColumns"][0]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,13 @@ class WeightType(enum.IntEnum):
     BF16 = 0
     FP32 = 1
     FP16 = 2
+
+
+class WeightLayout(enum.IntEnum):
+    """How matrices lie in the memory of a GPU: as in the checkpoint, or in tiles (kernels/platform/weight_row.h)."""
+
+    ROWS = 0
+    TILES = 1
 
 
 class SlotState(enum.IntEnum):
@@ -134,6 +145,7 @@ class LeaveReason(enum.IntEnum):
 
 ENUMS: tuple[type[enum.IntEnum], ...] = (
     WeightType,
+    WeightLayout,
     SlotState,
     EventKind,
     FinishReason,
@@ -401,7 +413,13 @@ LOOP_STATE = Record(
         ("n_order", "i32", "running requests: entries of Params.order, oldest first"),
         ("admitted_slot", "i32", "slot whose tokens the team copies; -1: none"),
         ("draft_rows", "i32", "rows that drafts of the next step may take; -1: no step can be planned now"),
-        ("phase_ns", f"u64[{len(PHASES)}]", "of the step in flight"),
+        ("phase_ticks", f"u64[{len(PHASES)}]", "of the step in flight, by clock_ticks of who ran the phase"),
+        (
+            "span_ns",
+            "u64",
+            "global time in which the forward phases' clock counted span_ticks",
+        ),
+        ("span_ticks", "u64", "0: their ticks are nanoseconds"),
         ("n_launches", "u64", "launches of the persistent loop"),
         ("launched_ns", "u64", "device clock when this launch began"),
         ("busy_ns", "u64", "device clock when there was work last"),
@@ -444,15 +462,15 @@ MAILBOX = Record(
         ("prompt_tail", "u64", "host: prompt tokens written"),
         ("heartbeat", "u64", "host: changes while the host is alive"),
         ("ping", "u64", "host: asks an idle loop for its clock"),
-        ("stop", "u32", "host: 1 asks the loop to leave"),
+        ("stop", "u64", "host: 1 asks the loop to leave"),
         ("launches", "u32", "host: launches of the loop"),
         ("hang", "u32", "watchdog: 1 says that nothing moves"),
-        ("host_pad", "u8[60]", ""),
+        ("host_pad", "u8[56]", ""),
         ("submit_head", "u64", "device: submissions taken"),
         ("cancel_head", "u64", "device: cancellations taken"),
-        ("prompt_head", "u64", "device: prompt tokens taken"),
-        ("event_tail", "u64", "device: events published"),
+        ("event_tail", "u64", "device: events published; on 16 bytes with the next: one store"),
         ("step_tail", "u64", "device: step records published"),
+        ("prompt_head", "u64", "device: prompt tokens taken"),
         ("abort", "u32", "device: AbortReason, copied from GridState for the host"),
         ("abort_team", "u32", "device: the team that gave up first"),
         ("progress", "u64", "device: rounds of control so far"),
@@ -639,6 +657,7 @@ def render() -> str:
         "struct ModelDims {",
         "  using Weight = XL_WEIGHT_TYPE;",
         "  using Cache = XL_CACHE_TYPE;",
+        "  static constexpr WeightLayout weight_layout = WeightLayout(XL_WEIGHT_LAYOUT);",
     ]
     for name, kind, _ in DIMS.fields:
         out.append(f"  static constexpr {_SCALARS[kind][1]} {name} = XL_{name.upper()};")

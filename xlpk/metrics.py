@@ -6,67 +6,47 @@ figure is withheld (a p99 of fewer than 1000 samples). Warm-up events are counte
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from xlpk.errors import InputError
+from xlpk import divergence
+from xlpk.event_log import Log, Record, latencies
+from xlpk.event_log import read_events as read_events
+from xlpk.slo import goodput
+from xlpk.statistics import within_run_interval
 from xlpk.units import percentile
 
-Record = dict[str, Any]
 Metrics = dict[str, float | int | None]
 
 MIN_P99 = 1000  # samples
-RESAMPLES = 1000  # of the bootstrap
 COUNTERS = ("launches", "syncs", "h2d_copies", "d2h_copies", "h2d_bytes", "d2h_bytes")
 FAILED_REASONS = ("error", "cancelled")
 MAX_POINTS = 250  # of a time series
 
 
-def read_events(path: Path) -> list[Record]:
-    """The records of an event log; a last line that a dying process left half-written is dropped."""
-    records = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(str(path), error.strerror, "a readable event log") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):  # JSON, UTF-8, integers of thousands of digits
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif number < len(lines):
-            raise InputError(str(path), f"line {number}", "one JSON object a line")
-    return records
-
-
 def compute(events: Iterable[Record]) -> Metrics:
     """All metrics of one run."""
-    log = _Log(events)
+    log = Log(events)
     metrics: Metrics = {}
     metrics |= _requests(log)
     metrics |= _latencies(log)
     metrics |= _throughput(log)
+    metrics |= goodput(log)
     metrics |= _speculation(log)
     metrics |= _host(log)
     metrics |= _loop(log)
     metrics |= _kv(log)
     metrics |= _system(log)
+    metrics |= divergence.metrics(log.quality, MIN_P99)
     metrics |= _warmup(log)
     return metrics
 
 
 def series(events: Iterable[Record]) -> dict[str, list[tuple[int, int, float]]]:
     """Time lines for plots: key -> [(step, device_ns since the first step began, value)], at most MAX_POINTS each."""
-    log = _Log(events)
+    log = Log(events)
     if not log.steps:
         return {}
     count = len(log.steps)
@@ -95,72 +75,7 @@ def series(events: Iterable[Record]) -> dict[str, list[tuple[int, int, float]]]:
     return dict(out)
 
 
-class _Log:
-    """The records sorted by kind; the measured ones apart from those of the warm-up."""
-
-    def __init__(self, events: Iterable[Record]) -> None:
-        self.header: Record = {}
-        self.clock: Record | None = None
-        self.counters: Record | None = None
-        self.arrivals: dict[int, Record] = {}
-        self.submits: dict[int, Record] = {}
-        self.finished: dict[int, Record] = {}
-        self.tokens: dict[int, list[Record]] = defaultdict(list)
-        self.steps: list[Record] = []
-        self.power: list[Record] = []
-        self.warmup_steps = self.warmup_tokens = self.overrun_tokens = 0
-        for event in events:
-            self._sort(event)
-
-    def _sort(self, event: Record) -> None:
-        kind, warmup = event["event"], bool(event.get("warmup"))
-        if kind == "header":
-            self.header = event
-        elif kind == "clock":
-            self.clock = event
-        elif kind == "counters":
-            self.counters = event
-        elif kind == "power":
-            self.power.append(event)
-        elif kind == "token":
-            if warmup:
-                self.warmup_tokens += 1
-            else:
-                self.tokens[event["request_id"]].append(event)
-        elif kind == "overrun":
-            self.overrun_tokens += 1
-        elif kind == "step":
-            if warmup:
-                self.warmup_steps += 1
-            else:
-                self.steps.append(event)
-        elif not warmup and kind in ("arrival", "submit", "finished"):
-            by_request = {"arrival": self.arrivals, "submit": self.submits, "finished": self.finished}[kind]
-            by_request[event["request_id"]] = event
-
-    @property
-    def page_bytes(self) -> int:
-        return int(self.header["kv"]["page_bytes"])
-
-    @property
-    def window_ns(self) -> tuple[int, int]:
-        """First intended arrival .. last token, by host clock."""
-        if not self.arrivals or not self.tokens:
-            return 0, 0
-        begin_ns = min(event["host_ns"] for event in self.arrivals.values())
-        return begin_ns, max(tokens[-1]["host_ns"] for tokens in self.tokens.values())
-
-    @property
-    def window_s(self) -> float:
-        begin_ns, end_ns = self.window_ns
-        return (end_ns - begin_ns) / 1e9
-
-    @property
-    def n_output(self) -> int:
-        return sum(len(tokens) for tokens in self.tokens.values())
-
-
-def _requests(log: _Log) -> Metrics:
+def _requests(log: Log) -> Metrics:
     reasons = Counter(event["reason"] for event in log.finished.values())
     out: Metrics = {
         "requests/total": len(log.arrivals),
@@ -180,7 +95,7 @@ def _requests(log: _Log) -> Metrics:
     return out
 
 
-def _latencies(log: _Log) -> Metrics:
+def _latencies(log: Log) -> Metrics:
     """By host clock from `latency/`, by device clock from `device_latency/`; all in ms."""
     out = _latencies_by(log, "latency", "host_ns", 0)
     if log.clock is not None:
@@ -189,50 +104,18 @@ def _latencies(log: _Log) -> Metrics:
     return out
 
 
-def _latencies_by(log: _Log, group: str, clock: str, offset_ns: int) -> Metrics:
-    """`offset_ns` brings the host's readings of arrival and send onto the clock of the token events."""
-    samples: dict[str, list[float]] = {key: [] for key in ("ttft", "send_ttft", "e2e", "tpot", "itl", "step_gap")}
-    for request_id, tokens in log.tokens.items():
-        first_ns, last_ns = tokens[0][clock], tokens[-1][clock]
-        arrival = log.arrivals.get(request_id)
-        if arrival is not None:
-            samples["ttft"].append(first_ns - arrival["host_ns"] - offset_ns)
-        if request_id in log.submits:
-            samples["send_ttft"].append(first_ns - log.submits[request_id]["host_ns"] - offset_ns)
-        if request_id in log.finished and arrival is not None:
-            samples["e2e"].append(last_ns - arrival["host_ns"] - offset_ns)
-            if len(tokens) > 1:
-                samples["tpot"].append((last_ns - first_ns) / (len(tokens) - 1))
-        gaps, shares = _gaps(tokens, clock)
-        samples["step_gap"] += gaps
-        samples["itl"] += shares
+def _latencies_by(log: Log, group: str, clock: str, offset_ns: int) -> Metrics:
     out: Metrics = {}
-    for name, values_ns in samples.items():
-        out |= summary(f"{group}/{name}_ms", [value / 1e6 for value in values_ns])
+    for name, samples in latencies(log, clock, offset_ns).items():
+        out |= summary(f"{group}/{name}_ms", [value_ns / 1e6 for _, value_ns in sorted(samples)])
     return out
 
 
-def _gaps(tokens: Sequence[Record], clock: str) -> tuple[list[float], list[float]]:
-    """Gaps between the publishing steps of one request, and the same shared by the tokens of the later step."""
-    published: list[tuple[int, int, int]] = []  # (step, its last token's time, its tokens)
-    for token in tokens:
-        if published and published[-1][0] == token["step"]:
-            published[-1] = (token["step"], token[clock], published[-1][2] + 1)
-        else:
-            published.append((token["step"], token[clock], 1))
-    gaps: list[float] = []
-    shares: list[float] = []
-    for (_, before_ns, _), (_, after_ns, count) in pairwise(published):
-        gaps.append(after_ns - before_ns)
-        shares += [(after_ns - before_ns) / count] * count
-    return gaps, shares
-
-
 def summary(key: str, values: Sequence[float]) -> Metrics:
-    """mean, p50, p90, p99 (None below MIN_P99), n, and the bootstrap 95 % interval of the median."""
+    """mean, p50, p90, p99 (None below MIN_P99), n, and the 95 % interval of the median; values in the order of time."""
     if not values:
         return {}
-    low, high = median_interval(values)
+    low, high = within_run_interval(values)
     return {
         f"{key}.mean": float(np.mean(values)),
         f"{key}.p50": percentile(values, 50),
@@ -244,19 +127,7 @@ def summary(key: str, values: Sequence[float]) -> Metrics:
     }
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Percentile bootstrap with a fixed seed; long samples get fewer resamples, never under 200."""
-    sample: npt.NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(0)
-    resamples = min(RESAMPLES, max(200, 1_000_000 // len(sample)))
-    medians: list[float] = []
-    for begin in range(0, resamples, 100):  # in portions: 100 x 100,000 samples take 80 MB
-        picks = rng.integers(0, len(sample), (min(100, resamples - begin), len(sample)))
-        medians += np.median(sample[picks], axis=1).tolist()
-    return percentile(medians, 2.5), percentile(medians, 97.5)
-
-
-def _throughput(log: _Log) -> Metrics:
+def _throughput(log: Log) -> Metrics:
     if log.window_s <= 0:
         return {}
     window_s = log.window_s
@@ -268,16 +139,11 @@ def _throughput(log: _Log) -> Metrics:
     }
 
 
-def _speculation(log: _Log) -> Metrics:
+def _speculation(log: Log) -> Metrics:
     """A verification is a decode row with its drafts, possibly none; a request's first token comes from prefill."""
     if log.header.get("spec", {}).get("name", "none") == "none":
         return {}
-    verified = [
-        (token["n_drafts"], token["n_accepted"])
-        for tokens in log.tokens.values()
-        for token in tokens
-        if token["n_drafts"] >= 0 and token["output_index"] > 0
-    ]
+    verified = log.verifications()
     proposed = sum(drafts for drafts, _ in verified)
     accepted = sum(count for _, count in verified)
     out: Metrics = {
@@ -300,7 +166,7 @@ def _speculation(log: _Log) -> Metrics:
     return out
 
 
-def _host(log: _Log) -> Metrics:
+def _host(log: Log) -> Metrics:
     """Counts of the whole session, warm-up included, so they are divided by its tokens and requests, all of them."""
     if log.counters is None:
         return {}
@@ -317,7 +183,7 @@ def _host(log: _Log) -> Metrics:
     return out
 
 
-def _loop(log: _Log) -> Metrics:
+def _loop(log: Log) -> Metrics:
     if not log.steps:
         return {"loop/steps": 0}
     tokens = sum(step["n_tokens"] for step in log.steps)
@@ -337,14 +203,14 @@ def _loop(log: _Log) -> Metrics:
             out[f"phase/{phase}_bytes"] = moved[phase]
             out[f"phase/{phase}_gb_per_s"] = moved[phase] / total_ns[phase]
     window_ns = log.steps[-1]["end_ns"] - log.steps[0]["begin_ns"]
-    if window_ns > 0:
+    if window_ns > 0 and log.header.get("backend") != "hf":  # whose gaps between kernels nobody sees
         # Where the host launches, control runs on the host and the device waits for it.
         on_device = [phase for phase in phases if phase != "control" or log.header.get("orchestration") == "persistent"]
         out["loop/device_idle_share"] = max(0.0, 1 - sum(total_ns[phase] for phase in on_device) / window_ns)
     return out
 
 
-def _phase_bytes(log: _Log) -> dict[str, int]:
+def _phase_bytes(log: Log) -> dict[str, int]:
     """What the steps had to read: each weight once a step, K and V of each running request once a step."""
     weights = log.header.get("phase_bytes", {})
     moved = {phase: size * len(log.steps) for phase, size in weights.items()}
@@ -352,6 +218,8 @@ def _phase_bytes(log: _Log) -> dict[str, int]:
         moved["lm_head"] = weights["lm_head"] * sum(step["n_sample_rows"] > 0 for step in log.steps)
     if token_bytes := log.header["kv"].get("token_bytes"):
         moved["attend"] = token_bytes * sum(step["context_tokens"] for step in log.steps)
+        if "forward" in moved:
+            moved["forward"] += moved["attend"]
     return moved
 
 
@@ -359,7 +227,7 @@ def _usage(step: Record) -> float:
     return 1 - float(step["pages_free"]) / float(step["pages_total"])
 
 
-def _kv(log: _Log) -> Metrics:
+def _kv(log: Log) -> Metrics:
     """Each sampled in every step: mean, p99 and peak. External fragmentation is 0 by construction: pages are equal."""
     out: Metrics = {}
     if not log.steps:
@@ -382,7 +250,7 @@ def _kv(log: _Log) -> Metrics:
     return out
 
 
-def _system(log: _Log) -> Metrics:
+def _system(log: Log) -> Metrics:
     """Of the samples within the window, at least two."""
     begin_ns, end_ns = log.window_ns
     samples = [sample for sample in log.power if begin_ns <= sample["host_ns"] <= end_ns]
@@ -400,5 +268,5 @@ def _system(log: _Log) -> Metrics:
     return out
 
 
-def _warmup(log: _Log) -> Metrics:
+def _warmup(log: Log) -> Metrics:
     return {"warmup/steps": log.warmup_steps, "warmup/tokens": log.warmup_tokens}

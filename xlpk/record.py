@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -149,6 +151,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def git_commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
@@ -193,12 +196,15 @@ def clear(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """The same, and the folders that this leaves empty."""
+    """The same, and the folders that this leaves empty, up to OUTPUTS."""
     clear(folder)
-    for place in (folder, *list(folder.parents)[:3]):  # OUTPUTS/runs/DATE/TIME: never above OUTPUTS
+    outputs = outputs_of(folder)
+    for place in (folder.resolve(), *folder.resolve().parents):
         try:
             place.rmdir()
         except OSError:
+            return
+        if place == outputs:
             return
 
 

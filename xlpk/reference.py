@@ -7,6 +7,7 @@ from it; no tolerance is typed in by hand.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -299,12 +300,14 @@ def error_bound(
     samples: int = 8,
     failure: float = 1e-6,
     seed: int = 0,
+    errors: Callable[[np.random.Generator], Arithmetic] | None = None,
 ) -> Float64:
     """[n]: the largest |logits - `forward(..., kv_dtype=None)`| that rounding explains, at each position.
 
     For an implementation with sums in `dtype`, in any order, pages in `kv_dtype` and what matrices are multiplied with
     in `activations` ("bf16", or None for as exact as the sums). It covers the comparison with `forward` of the same
-    `kv_dtype` and `activations` too: there only values next to a rounding boundary differ.
+    `kv_dtype` and `activations` too: there only values next to a rounding boundary differ. `errors` stands for another
+    implementation's arithmetic, in place of `Perturbed` with the three dtypes.
 
     Method: to first order the error of a logit is a sum of independent local errors, each carried to the logit by the
     derivative (Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.8; independence as in Higham
@@ -317,7 +320,8 @@ def error_bound(
     rng = np.random.default_rng(seed)
     exact = forward(config, w, tokens)
     squares = np.zeros_like(exact)
+    ops = Perturbed(rng, dtype, kv_dtype, activations) if errors is None else errors(rng)
     for _ in range(samples):
-        squares += np.square(forward(config, w, tokens, ops=Perturbed(rng, dtype, kv_dtype, activations)) - exact)
+        squares += np.square(forward(config, w, tokens, ops=ops) - exact)
     deviation = np.sqrt(squares / samples).max(axis=-1)  # [n]
     return np.asarray(deviation * math.sqrt(2 * math.log(2 * exact.size / failure)))

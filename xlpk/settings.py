@@ -8,13 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from xlpk import layout
+from xlpk.dtypes import ELEMENT_BYTES
+from xlpk.errors import InputError, shown
 from xlpk.generation import GenerationConfig
 from xlpk.kv import KV
-from xlpk.speculation import Acceptance, Proposer
-from xlpk.workload import Prompts, Sampling, Synthetic
+from xlpk.slo import Slo
+from xlpk.speculation import Acceptance, Forced, Ngram, NoSpec, Proposer
+from xlpk.workload import Sampling, Workload
 
-MODES = ("serial_decode", "speculative_decode", "forced_rejection")
+MODES = ("serial_decode", "speculative_decode", "forced_rejection", "quality")
 ORCHESTRATIONS = ("persistent", "launched")
+WEIGHT_LAYOUTS = tuple(item.name.lower() for item in layout.WeightLayout)
 
 
 @dataclass
@@ -35,6 +40,7 @@ class PersistentBackend:
     lease_ms: float = 1000.0  # a launch leaves after this long, its state kept, and is launched again
     idle_ms: float = 500.0  # it leaves after this long without work, until there is some
     heartbeat_ms: float = 1000.0  # it leaves when the host gave no sign of life for this long
+    weight_layout: str = "rows"  # rows | tiles: how matrices lie in device memory; the same bits
 
     @property
     def orchestration(self) -> str:
@@ -48,6 +54,7 @@ class LaunchedBackend:
     name: str = "launched"
     device: int = 0  # ordinal of the GPU
     sync: str = "step"  # step | phase: how often the host waits
+    weight_layout: str = "rows"  # rows | tiles
 
     @property
     def orchestration(self) -> str:
@@ -60,6 +67,7 @@ class GraphBackend:
 
     name: str = "graph"
     device: int = 0  # ordinal of the GPU
+    weight_layout: str = "rows"  # rows | tiles
 
     @property
     def orchestration(self) -> str:
@@ -77,7 +85,80 @@ class AutoBackend:
         return self.name
 
 
-AnyBackend = CpuBackend | PersistentBackend | LaunchedBackend | GraphBackend | AutoBackend
+@dataclass
+class HfBackend:
+    """Hugging Face transformers, the peer (`backend=hf`): the same requests, sampler and event log."""
+
+    name: str = "hf"
+    device: str = "auto"  # auto (cuda if torch sees a GPU, else cpu) | cpu | cuda
+    threads: int = 0  # of torch on the CPU; 0: the cores that this process may use
+    dtype: str = "auto"  # auto (the checkpoint's) | bf16 | fp16 | fp32: of weights, activations, K and V
+    cache: str = "dynamic"  # dynamic: grows by concatenation | static: of fixed size, one request at a time
+    compile: bool = False  # torch.compile of the decode step (CUDA graphs on a GPU); wants the static cache
+
+    @property
+    def orchestration(self) -> str:
+        return "transformers"
+
+    def check(self, spec: Proposer, acceptance: Acceptance) -> None:
+        """What transformers has no equal of. Raises InputError."""
+        for key, value, allowed in (
+            ("device", self.device, ("auto", "cpu", "cuda")),
+            ("dtype", self.dtype, ("auto", *ELEMENT_BYTES)),
+            ("cache", self.cache, ("dynamic", "static")),
+        ):
+            if value not in allowed:
+                raise InputError(f"backend.{key}", shown(value), f"one of {', '.join(allowed)}")
+        if not 0 <= self.threads <= 1024:
+            raise InputError("backend.threads", self.threads, "0 to 1024")
+        if self.compile and self.cache != "static":
+            raise InputError(
+                "backend.compile", "true", "false with backend.cache=dynamic, whose shapes change each step"
+            )
+        if isinstance(spec, NoSpec):
+            return
+        if not isinstance(spec, Ngram):
+            raise InputError("spec", spec.name, "ngram (prompt lookup) or none with backend=hf")
+        if spec.min_n != 1:
+            raise InputError("spec.min_n", spec.min_n, "1 with backend=hf: transformers' prompt lookup goes down to 1")
+        if self.cache == "static":
+            why = "transformers drafts with backend.cache=dynamic only"
+            raise InputError("backend.cache", "static", f"mode=serial_decode, which drafts nothing: {why}")
+        if isinstance(acceptance, Forced):
+            raise InputError("acceptance", acceptance.name, "keyed with backend=hf")
+
+    def note(self, spec: Proposer) -> str:
+        """How it serves several requests, where that is not as one batch; else empty."""
+        if self.cache == "dynamic" and isinstance(spec, NoSpec):
+            return ""
+        what = "backend.cache=static" if self.cache == "static" else f"spec={spec.name}"
+        return f"backend=hf with {what} serves one request at a time, as transformers does"
+
+
+AnyBackend = CpuBackend | PersistentBackend | LaunchedBackend | GraphBackend | AutoBackend | HfBackend
+
+
+@dataclass
+class Quality:
+    """How far a backend's next-token distributions are from a float32 reference's (`quality` group)."""
+
+    measure: bool = False  # before the workload, untimed, in a session of its own; mode=quality sets it
+    file: str | None = None  # a text in UTF-8; null: the held-out text that ships with the tiny model
+    tokens: int | None = 2048  # tokens that are scored at most; null: all of the text
+    window: int = 512  # tokens of a sequence, which sees nothing of the text before it
+    stride: int | None = None  # tokens that a sequence scores, its last ones; null: half of the window
+    reference: str = "numpy"  # numpy | transformers: whose float32 arithmetic
+
+    def check(self) -> None:
+        """What needs no model. Raises InputError."""
+        if self.tokens is not None and not 1 <= self.tokens <= 10_000_000:
+            raise InputError("quality.tokens", self.tokens, "1 to 10000000, or null")
+        if not 2 <= self.window <= 1 << 20:
+            raise InputError("quality.window", self.window, f"2 to {1 << 20}")
+        if self.stride is not None and not 1 <= self.stride <= self.window:
+            raise InputError("quality.stride", self.stride, f"1 to quality.window={self.window}, or null")
+        if self.reference not in ("numpy", "transformers"):
+            raise InputError("quality.reference", shown(self.reference), "one of numpy, transformers")
 
 
 @dataclass
@@ -116,7 +197,7 @@ class MlflowTracking:
 
     name: str = "mlflow"
     uri: str | None = None  # null: MLFLOW_TRACKING_URI, else OUTPUTS/mlflow.db
-    experiment: str = "xlpk"
+    experiment: str = "xlpk"  # of MLflow; made if there is none
     timeout_s: float = 20.0  # the most that a run waits for the server
 
 
@@ -135,6 +216,11 @@ class Run:
     outputs: str = "outputs"  # nothing is written outside this folder
     warmup_steps: int = 8  # output tokens of an untimed request before the measurement; 0: none
     deadline_s: float = 900.0  # a sweep's point on a GPU, a process of its own, is ended after this long
+    repeat: int = 1  # how often each point is measured; the repeats of compared points are interleaved (A B A B)
+    repetition: int = 0  # which of them a point is; set by run.repeat
+    sweep: str | None = None  # a sweep's folder, OUTPUTS/sweeps/NAME; null: DATE/TIME-ID
+    report: bool = True  # a sweep of moderate size ends with its report, as by `xlpk report`
+    resume: bool = False  # a sweep goes on: that of run.sweep, else the last one of the same overrides
 
 
 @dataclass(frozen=True)
@@ -147,14 +233,22 @@ class Settings:
     acceptance: Acceptance
     kv: KV
     model: ModelChoice
-    workload: Prompts | Synthetic
+    workload: Workload
     sampling: Sampling
     scheduler: Scheduler
     tracking: MlflowTracking | NoTracking
     run: Run
     requested_block: int
+    quality: Quality = field(default_factory=Quality)
+    slo: Slo = field(default_factory=Slo)
+    keep_logits: bool = False  # of prompts, by position: of a session that is not timed
     notes: tuple[str, ...] = ()  # one line each: where a request was answered by something else
     resolved: dict[str, Any] = field(default_factory=dict)  # the whole config, interpolations resolved
+
+    def stored_dtype(self, checkpoint: str) -> str:
+        """What weights of a checkpoint in that dtype are held in while they are used."""
+        wanted = self.backend.dtype if isinstance(self.backend, HfBackend) else "auto"
+        return checkpoint if wanted == "auto" else wanted
 
     @property
     def lossless(self) -> bool:

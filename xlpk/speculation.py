@@ -18,7 +18,7 @@ class NoSpec:
     """No drafts: one token a step."""
 
     name: str = "none"
-    block: int = 1
+    block: int = 1  # tokens that a step may emit
     code: ClassVar[int] = int(layout.Proposer.NONE)
 
 
@@ -27,9 +27,9 @@ class Ngram:
     """Prompt lookup (Saxena 2023, vLLM's `ngram`): what followed the last occurrence of the sequence's own suffix."""
 
     name: str = "ngram"
-    block: int = 4
-    min_n: int = 1
-    max_n: int = 4
+    block: int = 4  # tokens that a verification may emit at most: block - 1 drafts and one more
+    min_n: int = 1  # tokens of the shortest suffix that is looked up
+    max_n: int = 4  # tokens of the longest, which is tried first
     code: ClassVar[int] = int(layout.Proposer.NGRAM)
 
     def propose(self, tokens: Sequence[int], count: int) -> list[int]:
@@ -51,29 +51,31 @@ class Oracle:
     """Drafts are the right answers, except at output positions p with (p + 1) % mismatch_stride == 0 (0: nowhere)."""
 
     name: str = "oracle"
-    block: int = 4
-    mismatch_stride: int = 4
+    block: int = 4  # tokens that a verification may emit at most: block - 1 drafts and one more
+    mismatch_stride: int = 4  # output tokens from one wrong draft to the next; 0: none is wrong
     code: ClassVar[int] = int(layout.Proposer.ORACLE)
 
     def expected(self, n_output: int) -> tuple[int, int, int]:
-        """(verifications, proposed, accepted) of a request with `n_output` tokens, in closed form.
+        """(verifications, proposed, accepted) of a request with `n_output` tokens, in closed form."""
+        each = self.verifications(n_output)
+        return len(each), sum(proposed for proposed, _ in each), sum(accepted for _, accepted in each)
+
+    def verifications(self, n_output: int) -> list[tuple[int, int]]:
+        """(proposed, accepted) of each verification of a request with `n_output` tokens.
 
         The first token comes from prefill. A mismatch ends its verification with the right token, so verifications
         re-align at each multiple of the stride s: a segment of m tokens takes ceil(m / block) of them, and each emits
         one token that no draft gave. Only the last ones of a request propose fewer than block - 1 drafts.
         """
-        if n_output <= 1:
-            return 0, 0, 0
-        stride = self.mismatch_stride if self.mismatch_stride > 0 else n_output
-        verifications = proposed = 0
+        out: list[tuple[int, int]] = []
+        stride = self.mismatch_stride if self.mismatch_stride > 0 else max(n_output, 1)
         begin = 1
         while begin < n_output:
             end = min((begin // stride + 1) * stride, n_output)
-            count = -(-(end - begin) // self.block)
-            verifications += count
-            proposed += sum(min(self.block - 1, n_output - 1 - position) for position in range(begin, end, self.block))
+            for position in range(begin, end, self.block):
+                out.append((min(self.block - 1, n_output - 1 - position), min(self.block, end - position) - 1))
             begin = end
-        return verifications, proposed, n_output - 1 - verifications
+        return out
 
 
 Proposer = NoSpec | Ngram | Oracle
@@ -109,7 +111,7 @@ class Forced:
     """
 
     name: str = "forced"
-    stride: int = 4
+    stride: int = 4  # output tokens from one rejection to the next
     code: ClassVar[int] = int(layout.Acceptance.FORCED)
 
     def lossless(self, temperature: float) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ TEMPLATE_LIMIT = 1 << 20  # bytes; the longest published ones take 20 KB
 def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
     """Text -> token ids. Raises InputError where a damaged tokenizer.json shows in use only."""
     return tuple(_guarded(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids))
+
+
+def encode_with_ends(tokenizer: Any, text: str) -> tuple[tuple[int, ...], list[int]]:
+    """Text -> token ids, and for each how many bytes of the text it and those before it stand for.
+
+    Of a character that several tokens share all bytes count with the first of them. Raises InputError as `encode` does.
+    """
+    found = _guarded(lambda: tokenizer.encode(text))
+    sizes = [0, *accumulate(len(character.encode()) for character in text)]
+    ends = [sizes[end] for _, end in found.offsets]
+    return tuple(found.ids), list(accumulate(ends, max))  # a special token stands for no text
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

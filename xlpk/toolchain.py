@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from xlpk import layout
 from xlpk.errors import ToolError
 
 # Rule 3 of the design: equal bits need no contraction and no fast-math; FMA only where the source calls it.
@@ -192,10 +193,11 @@ def parse_ptxas(text: str) -> tuple[KernelResources, ...]:
     return tuple(found)
 
 
-def dims_defines(dims: np.ndarray[Any, Any], weight: str, cache: str) -> dict[str, str]:
-    """A Dims record and storage types (bf16, fp16, fp32) as -D definitions of `ModelDims`."""
+def dims_defines(dims: np.ndarray[Any, Any], weight: str, cache: str, weight_layout: str = "rows") -> dict[str, str]:
+    """A Dims record, storage types (bf16, fp16, fp32) and the layout of weights as -D definitions of `ModelDims`."""
     types = {"bf16": "bf16", "fp16": "f16", "fp32": "float"}
     defines = {"XL_WEIGHT_TYPE": types[weight], "XL_CACHE_TYPE": types[cache]}
+    defines["XL_WEIGHT_LAYOUT"] = str(int(layout.WeightLayout[weight_layout.upper()]))
     for name in dims.dtype.names or ():
         value = dims[name].item()
         defines[f"XL_{name.upper()}"] = f"{value!r}f" if isinstance(value, float) else str(value)

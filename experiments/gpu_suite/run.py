@@ -31,6 +31,7 @@ ROOT = HERE.parents[1]
 RESULTS = ROOT / "experiments" / "results"
 SCHEMA = 1
 ORCHESTRATIONS = "persistent,graph,launched,launched_phase"
+TRANSFORMERS = "hf,hf_static,hf_compiled"
 SUITE = ("contract", "gpu_resident", "equality", "sampling", "gpu_sweep")  # tests/backends/test_*.py
 LEAST_S = 15.0  # with less time left no job is begun
 LOST = 4  # exit code of a process that lost the device
@@ -40,13 +41,14 @@ FILES = ("suite.json", "microbench.json")  # what another run goes on from
 @dataclass(frozen=True)
 class Job:
     """One process. `read`: what its output and its folder come to. `resume`: the argument with which it goes on where
-    an earlier one of this device was cut off or lost it."""
+    an earlier one of this device was cut off or lost it. `skip`: asked when its turn has come, why it cannot run."""
 
     name: str
     command: list[str]
     deadline_s: float
     read: Callable[[subprocess.CompletedProcess[str], Path], Any]
     resume: str = ""
+    skip: Callable[[], str] = lambda: ""
 
 
 def lines(done: subprocess.CompletedProcess[str], folder: Path) -> list[str]:
@@ -68,16 +70,46 @@ def swept(done: subprocess.CompletedProcess[str], folder: Path) -> list[dict[str
             steps = [json.loads(line) for line in log.read_text().splitlines() if '"event":"step"' in line]
             ends = [step["end_ns"] for step in steps if not step.get("warmup") and step["n_decode"]]
             gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
+        sizes = {} if "model=llama_1b_shape" not in status.get("overrides", []) else {"bytes_per_token": shape_bytes()}
         points.append(
             {
+                **sizes,
                 "overrides": status.get("overrides", []),
                 "status": status["status"],
                 "error": status.get("error"),
                 "metrics": json.loads(metrics.read_text()) if metrics.exists() else {},
+                "build": _build(point.with_name("build.json")),
                 "step_gap_ns": gaps,
             }
         )
     return points
+
+
+def shape_bytes() -> int:
+    """Weight bytes that a decode step of llama_1b_shape must read."""
+    from xlpk.model import SHAPES
+
+    return SHAPES["llama_1b_shape"].bytes_per_token("bf16")
+
+
+def _build(file: Path) -> dict[str, str]:
+    """How the backend was built: device, versions."""
+    found: dict[str, str] = json.loads(file.read_text()).get("backend", {}) if file.exists() else {}
+    return found
+
+
+def no_transformers() -> str:
+    """Why transformers cannot run on the GPU; empty: it can. Asked in another process: torch would take the device."""
+    question = "import torch, transformers; print(torch.cuda.is_available())"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", question], capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "torch could not be imported in 120 s"
+    if done.returncode:
+        return f"torch and transformers: {(done.stderr.splitlines() or ['?'])[-1]}"
+    return "" if done.stdout.split()[-1:] == ["True"] else "this torch sees no GPU"
 
 
 def jobs(out: Path) -> list[Job]:
@@ -86,13 +118,22 @@ def jobs(out: Path) -> list[Job]:
     tax = [python, "-m", "xlpk.run", "-m", "experiment=launch_tax", "tracking=none", f"backend={ORCHESTRATIONS}"]
     big = ["model=llama_1b_shape", "model.max_len=1024", "workload=synthetic", "workload.requests=1"]
     shape = ["workload.prompt_len=128", "workload.output_len=128"]
+    peer = [python, "-m", "xlpk.run", "-m", "mode=serial_decode", "tracking=none", f"backend={TRANSFORMERS}"]
+    agreement = [
+        python,
+        str(HERE / "agreement.py"),
+        "--outputs",
+        str(ROOT / "outputs" / "gpu_suite" / "agreement-runs"),
+    ]
     microbench = [python, str(ROOT / "experiments" / "microbench" / "run.py"), "--out", str(out)]
     found = [
         Job("doctor", [python, "-m", "xlpk.cli", "doctor", "--json"], 120, as_json),
         Job("microbench", microbench, 300, lines, resume="--resume"),
         Job("speed", [python, str(HERE / "speed.py")], 200, as_json),
         Job("llama_1b_shape", [*tax, *big, *shape], 300, swept),
+        Job("llama_1b_shape transformers", [*peer, *big, *shape], 400, swept, skip=no_transformers),
         Job("numerics", [*pytest, "-m", "heavy", str(ROOT / "tests" / "gpu")], 200, lines),
+        Job("agreement", agreement, 300, as_json),
         Job("hazards", [python, str(HERE / "hazards.py")], 120, as_json),
         Job("launch_tax", tax, 200, swept),
     ]
@@ -174,41 +215,95 @@ def machine() -> dict[str, Any]:
     }
 
 
+COLUMNS = {
+    "device ITL p50, ms": "device_latency/itl_ms.p50",
+    "TTFT p50, ms": "latency/ttft_ms.p50",
+    "launches": "host/launches",
+    "syncs": "host/syncs",
+    "copies in": "host/h2d_copies",
+    "copies out": "host/d2h_copies",
+}
+
+
+def sweep_rows(points: list[dict[str, Any]], read_gb_per_s: float | None) -> list[str]:
+    """A row a backend. Of a model whose bytes are known: its weights' bytes a gap between tokens, and their share of
+    what the micro-benchmark reads (MBU)."""
+    sized = any("bytes_per_token" in point for point in points)
+    titles = [*COLUMNS, *(["weights, GB/s", "MBU"] if sized else [])]
+    out = [f"| backend | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for point in points:
+        backend = next((o for o in point["overrides"] if o.startswith("backend=")), "?").removeprefix("backend=")
+        if not point["metrics"]:
+            out.append(f"| {backend} | {point['error']} |")
+            continue
+        shown = [_cell(point["metrics"].get(key)) for key in COLUMNS.values()]
+        gap_ms = point["metrics"].get("device_latency/itl_ms.p50")
+        if sized:
+            rate = point["bytes_per_token"] / gap_ms / 1e6 if gap_ms and "bytes_per_token" in point else None
+            share = rate / read_gb_per_s if rate and read_gb_per_s else None
+            shown += [_cell(rate), "-" if share is None else f"{share:.1%}"]
+        out.append(f"| {backend} | {' | '.join(shown)} |")
+    return out
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def agreement_rows(found: dict[str, Any]) -> list[str]:
+    """The table of agreement.py, and what it left out."""
+    keys = {
+        "KL mean, nats": "kl_nats.mean", "KL most": "kl_nats.max", "NLL / float32's": "nll_ratio",
+        "same top-1": "top1_agreement", "tokens": "tokens", "decided": "decided", "the oracle's": "argmax",
+        "outside the bound": "outside", "like cpu": "like_cpu",
+    }  # fmt: skip
+    out = [f"| backend | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+    for name, one in found["backends"].items():
+        shown = [f"{one[key]:.7g}" if one.get(key) is not None else "-" for key in keys.values()]
+        out.append(
+            f"| {name} | {' | '.join(shown)} |" if one["status"] == "FINISHED" else f"| {name} | {one['error']} |"
+        )
+    return out + [f"- not run: {name}: {why}" for name, why in found["skipped"].items()]
+
+
+def read_bandwidth(suite: dict[str, Any]) -> float | None:
+    """GB/s that the micro-benchmarks read with nothing else to do: of the line that they end with."""
+    said = suite["jobs"].get("microbench", {}).get("result") or [""]
+    try:
+        value = json.loads(said[-1])["read_gb_per_s"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return float(value) if value else None
+
+
 def markdown(suite: dict[str, Any]) -> str:
     """The suite for people: states of the jobs, the doctor's lines, the tables of the sweeps."""
     about = suite["machine"]
     out = [f"# {about['device']}", "", f"Commit `{about['commit']}`, CUDA {about['driver_cuda']}, {about['date']}.", ""]
     out += ["| job | exit code | seconds |", "|---|---|---|"]
-    out += [f"| {name} | {job['exit_code']} | {job['seconds']} |" for name, job in suite["jobs"].items()]
+    for name, job in suite["jobs"].items():
+        code = f"not run: {job['skipped']}" if job.get("skipped") else job["exit_code"]
+        out.append(f"| {name} | {code} | {job['seconds']} |")
     for finding in suite["jobs"].get("doctor", {}).get("result", []):
         out.append(f"- {finding['state']}: {finding['name']}: {finding['value']}")
     speed = suite["jobs"].get("speed", {}).get("result", {})
-    if speed:
+    if speed.get("runs"):
         out += ["", f"## speed: {speed['model']}, {speed['prompt_len']} + {speed['output_len']} tokens, batch 1", ""]
-        out += ["| flight recorder | device ITL p50, us | p99, us | weights, GB/s |", "|---|---|---|---|"]
+        out += [
+            "| flight recorder | weights in | device ITL p50, us | p99, us | weights, GB/s |",
+            "|---|---|---|---|---|",
+        ]
         for one in speed["runs"]:
-            cells = ("on" if one["flight"] else "off", one["itl_us.p50"], one["itl_us.p99"], one["weights_gb_per_s"])
+            figures = (one[name] for name in ("weight_layout", "itl_us.p50", "itl_us.p99", "weights_gb_per_s"))
+            cells = ("on" if one["flight"] else "off", *figures)
             out.append(f"| {' | '.join(map(str, cells))} |")
-    columns = {
-        "device ITL p50, ms": "device_latency/itl_ms.p50",
-        "TTFT p50, ms": "latency/ttft_ms.p50",
-        "launches": "host/launches",
-        "syncs": "host/syncs",
-        "copies in": "host/h2d_copies",
-        "copies out": "host/d2h_copies",
-    }
-    for name in ("launch_tax", "llama_1b_shape"):
+    for name in ("launch_tax", "llama_1b_shape", "llama_1b_shape transformers"):
         points = suite["jobs"].get(name, {}).get("result")
-        if not points:
-            continue
-        out += ["", f"## {name}", "", f"| backend | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for point in points:
-            backend = next((o for o in point["overrides"] if o.startswith("backend=")), "?").removeprefix("backend=")
-            values = [point["metrics"].get(key) for key in columns.values()]
-            shown = ["-" if value is None else f"{value:.4g}" for value in values]
-            out.append(
-                f"| {backend} | {' | '.join(shown)} |" if point["metrics"] else f"| {backend} | {point['error']} |"
-            )
+        if points:
+            out += ["", f"## {name}", "", *sweep_rows(points, read_bandwidth(suite))]
+    agreement = suite["jobs"].get("agreement", {}).get("result")
+    if agreement:
+        out += ["", "## The tiny model beside the oracle, float32 and the CPU", "", *agreement_rows(agreement)]
     hazards = suite["jobs"].get("hazards", {}).get("result", {})
     if hazards:
         out += ["", "## hazards", "", *(f"- {name}: {value}" for name, value in hazards.items())]
@@ -241,7 +336,8 @@ def main() -> int:
     wanted = args.only.split(",") if args.only else None
     for job in jobs(out):
         record = suite["jobs"].get(job.name, {})
-        if (wanted and job.name not in wanted) or (record and not record.get("cut") and not args.again):
+        done_before = record and not (record.get("cut") or record.get("skipped"))
+        if (wanted and job.name not in wanted) or (done_before and not args.again):
             continue
         left_s = args.seconds - (time.monotonic() - begin)
         if left_s < LEAST_S:
@@ -250,11 +346,13 @@ def main() -> int:
         scratch = ROOT / "outputs" / "gpu_suite" / job.name.replace(" ", "-")
         shutil.rmtree(scratch, ignore_errors=True)
         resume = record.get("uuid") == about["uuid"] and not args.again
-        suite["jobs"][job.name] = {**run(job, scratch, left_s, resume), "uuid": about["uuid"]}
+        why = job.skip()
+        found = {"exit_code": None, "seconds": 0.0, "skipped": why} if why else run(job, scratch, left_s, resume)
+        suite["jobs"][job.name] = {**found, "uuid": about["uuid"]}
         file.write_text(json.dumps(suite, indent=1) + "\n")
         (out / "suite.md").write_text(markdown(suite))
-        done = suite["jobs"][job.name]
-        print(f"{job.name}: exit code {done['exit_code']}, {done['seconds']} s", flush=True)
+        ended = f"not run: {why}" if why else f"exit code {found['exit_code']}, {found['seconds']} s"
+        print(f"{job.name}: {ended}", flush=True)
     print(f"{out / 'suite.md'}")
     return int(any(job["exit_code"] for job in suite["jobs"].values()))
 

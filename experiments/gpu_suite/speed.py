@@ -1,4 +1,4 @@
-"""Batch-1 decode of the resident loop with the flight recorder on and off, in turns; one JSON object.
+"""Batch-1 decode of the resident loop: flight recorder on and off, weights in rows and tiles, in turns; one JSON line.
 
     python experiments/gpu_suite/speed.py [--model NAME] [--output-len N] [--turns N]
 
@@ -8,7 +8,6 @@ Gaps between tokens are the device clock's; the weights' rate is their bytes ove
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import time
@@ -30,11 +29,14 @@ from xlpk.workload import Request
 CACHE = Path(__file__).resolve().parents[2] / "outputs" / "cache"
 PROMPT_LEN = 128
 WITHIN_S = 120.0
+VARIANTS = ((True, "rows"), (False, "rows"), (True, "tiles"))  # (flight recorder, backend.weight_layout)
 
 
-def measure(model: Model, library: CpuLibrary, flight: bool, output_len: int) -> dict[str, Any]:
+def measure(model: Model, library: CpuLibrary, flight: bool, weight_layout: str, output_len: int) -> dict[str, Any]:
     """One session: a request to warm up, one that is measured."""
-    backend = PersistentBackend(cache=CACHE, library=library, flight=flight, max_num_seqs=4)
+    backend = PersistentBackend(
+        cache=CACHE, library=library, flight=flight, weight_layout=weight_layout, max_num_seqs=4
+    )
     try:
         backend.open(model, KVPlan.make(KV(budget="128pages"), model.config, model.weights.dtype, 1024))
         decode(backend, 0, model.config.vocab_size, 16)
@@ -46,6 +48,7 @@ def measure(model: Model, library: CpuLibrary, flight: bool, output_len: int) ->
     p50_us = float(np.median(gaps_us))
     return {
         "flight": flight,
+        "weight_layout": weight_layout,
         "itl_us.p50": round(p50_us, 2),
         "itl_us.p99": round(float(np.percentile(gaps_us, 99)), 2),
         "weights_gb_per_s": round(model.weights.nbytes / p50_us / 1e3, 1),
@@ -72,12 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_1b_shape")
     parser.add_argument("--output-len", type=int, default=256)
-    parser.add_argument("--turns", type=int, default=2, help="sessions with the recorder, and as many without")
+    parser.add_argument("--turns", type=int, default=2, help="sessions of each variant")
     chosen = parser.parse_args()
     library = CpuLibrary(build_cpu_library(CACHE))
     model = load_model(chosen.model, fill=library.fill_hash)
-    turns = itertools.islice(itertools.cycle((True, False)), 2 * chosen.turns)
-    runs = [measure(model, library, flight, chosen.output_len) for flight in turns]
+    runs = [measure(model, library, *how, chosen.output_len) for _ in range(chosen.turns) for how in VARIANTS]
     found = {"model": chosen.model, "weights_bytes": model.weights.nbytes}
     print(json.dumps({**found, "prompt_len": PROMPT_LEN, "output_len": chosen.output_len, "runs": runs}))
 

@@ -1,7 +1,7 @@
 // Forms of the grid barrier. Each has `bool pass(round)`: round counts from 1, and false says that the launch is aborted.
 //
-// All order memory as xl::Grid::sync does: whatever a team wrote before is visible to every thread of every team behind it. Unlike
-// it they look at the abort word only while they wait for long.
+// All order memory as xl::Grid::sync does: whatever a team wrote before is visible to every thread of every team behind it. They
+// look at the abort word while they wait for long; it finds an abort in the arrivals.
 #pragma once
 
 #include "job.h"

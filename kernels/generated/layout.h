@@ -27,8 +27,11 @@ constexpr int kLine = 128;  // bytes between words that different agents write
 constexpr int kGpuThreads = 256;  // threads of a team on a GPU
 constexpr int kGpuLanes = 32;  // threads of a warp there
 constexpr int kFlightEntries = 1024;  // last phases that the flight recorder keeps for a team; a power of two
+constexpr int kWeightTileRows = 8;  // rows of a tile of weights
+constexpr int kWeightTileColumns = 256;  // columns of a tile of weights
 
 enum class WeightType : int32_t { kBf16 = 0, kFp32 = 1, kFp16 = 2 };
+enum class WeightLayout : int32_t { kRows = 0, kTiles = 1 };
 enum class SlotState : int32_t { kFree = 0, kPrefill = 1, kDecode = 2 };
 enum class EventKind : int32_t { kAdmitted = 0, kToken = 1, kFinished = 2 };
 enum class FinishReason : int32_t { kNone = 0, kEos = 1, kStop = 2, kLength = 3, kCancelled = 4, kError = 5, kTarget = 6 };
@@ -387,7 +390,9 @@ struct LoopState {
   int32_t n_order;  // running requests: entries of Params.order, oldest first
   int32_t admitted_slot;  // slot whose tokens the team copies; -1: none
   int32_t draft_rows;  // rows that drafts of the next step may take; -1: no step can be planned now
-  uint64_t phase_ns[9];  // of the step in flight
+  uint64_t phase_ticks[9];  // of the step in flight, by clock_ticks of who ran the phase
+  uint64_t span_ns;  // global time in which the forward phases' clock counted span_ticks
+  uint64_t span_ticks;  // 0: their ticks are nanoseconds
   uint64_t n_launches;  // launches of the persistent loop
   uint64_t launched_ns;  // device clock when this launch began
   uint64_t busy_ns;  // device clock when there was work last
@@ -397,7 +402,7 @@ struct LoopState {
   uint64_t n_left;  // launches that ended
   uint64_t pong;  // ping that was answered last
 };
-static_assert(sizeof(LoopState) == 208, "LoopState");
+static_assert(sizeof(LoopState) == 224, "LoopState");
 static_assert(offsetof(LoopState, n_steps) == 0, "LoopState.n_steps");
 static_assert(offsetof(LoopState, prompt_head) == 8, "LoopState.prompt_head");
 static_assert(offsetof(LoopState, submit_head) == 16, "LoopState.submit_head");
@@ -409,15 +414,17 @@ static_assert(offsetof(LoopState, n_reserved_pages) == 52, "LoopState.n_reserved
 static_assert(offsetof(LoopState, n_order) == 56, "LoopState.n_order");
 static_assert(offsetof(LoopState, admitted_slot) == 60, "LoopState.admitted_slot");
 static_assert(offsetof(LoopState, draft_rows) == 64, "LoopState.draft_rows");
-static_assert(offsetof(LoopState, phase_ns) == 72, "LoopState.phase_ns");
-static_assert(offsetof(LoopState, n_launches) == 144, "LoopState.n_launches");
-static_assert(offsetof(LoopState, launched_ns) == 152, "LoopState.launched_ns");
-static_assert(offsetof(LoopState, busy_ns) == 160, "LoopState.busy_ns");
-static_assert(offsetof(LoopState, beat) == 168, "LoopState.beat");
-static_assert(offsetof(LoopState, beat_ns) == 176, "LoopState.beat_ns");
-static_assert(offsetof(LoopState, n_rounds) == 184, "LoopState.n_rounds");
-static_assert(offsetof(LoopState, n_left) == 192, "LoopState.n_left");
-static_assert(offsetof(LoopState, pong) == 200, "LoopState.pong");
+static_assert(offsetof(LoopState, phase_ticks) == 72, "LoopState.phase_ticks");
+static_assert(offsetof(LoopState, span_ns) == 144, "LoopState.span_ns");
+static_assert(offsetof(LoopState, span_ticks) == 152, "LoopState.span_ticks");
+static_assert(offsetof(LoopState, n_launches) == 160, "LoopState.n_launches");
+static_assert(offsetof(LoopState, launched_ns) == 168, "LoopState.launched_ns");
+static_assert(offsetof(LoopState, busy_ns) == 176, "LoopState.busy_ns");
+static_assert(offsetof(LoopState, beat) == 184, "LoopState.beat");
+static_assert(offsetof(LoopState, beat_ns) == 192, "LoopState.beat_ns");
+static_assert(offsetof(LoopState, n_rounds) == 200, "LoopState.n_rounds");
+static_assert(offsetof(LoopState, n_left) == 208, "LoopState.n_left");
+static_assert(offsetof(LoopState, pong) == 216, "LoopState.pong");
 
 // A word of the page table or of the counts that changed since the device had them.
 struct Patch {
@@ -450,15 +457,15 @@ struct Mailbox {
   uint64_t prompt_tail;  // host: prompt tokens written
   uint64_t heartbeat;  // host: changes while the host is alive
   uint64_t ping;  // host: asks an idle loop for its clock
-  uint32_t stop;  // host: 1 asks the loop to leave
+  uint64_t stop;  // host: 1 asks the loop to leave
   uint32_t launches;  // host: launches of the loop
   uint32_t hang;  // watchdog: 1 says that nothing moves
-  uint8_t host_pad[60];
+  uint8_t host_pad[56];
   uint64_t submit_head;  // device: submissions taken
   uint64_t cancel_head;  // device: cancellations taken
-  uint64_t prompt_head;  // device: prompt tokens taken
-  uint64_t event_tail;  // device: events published
+  uint64_t event_tail;  // device: events published; on 16 bytes with the next: one store
   uint64_t step_tail;  // device: step records published
+  uint64_t prompt_head;  // device: prompt tokens taken
   uint32_t abort;  // device: AbortReason, copied from GridState for the host
   uint32_t abort_team;  // device: the team that gave up first
   uint64_t progress;  // device: rounds of control so far
@@ -478,14 +485,14 @@ static_assert(offsetof(Mailbox, prompt_tail) == 32, "Mailbox.prompt_tail");
 static_assert(offsetof(Mailbox, heartbeat) == 40, "Mailbox.heartbeat");
 static_assert(offsetof(Mailbox, ping) == 48, "Mailbox.ping");
 static_assert(offsetof(Mailbox, stop) == 56, "Mailbox.stop");
-static_assert(offsetof(Mailbox, launches) == 60, "Mailbox.launches");
-static_assert(offsetof(Mailbox, hang) == 64, "Mailbox.hang");
-static_assert(offsetof(Mailbox, host_pad) == 68, "Mailbox.host_pad");
+static_assert(offsetof(Mailbox, launches) == 64, "Mailbox.launches");
+static_assert(offsetof(Mailbox, hang) == 68, "Mailbox.hang");
+static_assert(offsetof(Mailbox, host_pad) == 72, "Mailbox.host_pad");
 static_assert(offsetof(Mailbox, submit_head) == 128, "Mailbox.submit_head");
 static_assert(offsetof(Mailbox, cancel_head) == 136, "Mailbox.cancel_head");
-static_assert(offsetof(Mailbox, prompt_head) == 144, "Mailbox.prompt_head");
-static_assert(offsetof(Mailbox, event_tail) == 152, "Mailbox.event_tail");
-static_assert(offsetof(Mailbox, step_tail) == 160, "Mailbox.step_tail");
+static_assert(offsetof(Mailbox, event_tail) == 144, "Mailbox.event_tail");
+static_assert(offsetof(Mailbox, step_tail) == 152, "Mailbox.step_tail");
+static_assert(offsetof(Mailbox, prompt_head) == 160, "Mailbox.prompt_head");
 static_assert(offsetof(Mailbox, abort) == 168, "Mailbox.abort");
 static_assert(offsetof(Mailbox, abort_team) == 172, "Mailbox.abort_team");
 static_assert(offsetof(Mailbox, progress) == 176, "Mailbox.progress");
@@ -661,6 +668,7 @@ static_assert(offsetof(Params, forced_stride) == 480, "Params.forced_stride");
 struct ModelDims {
   using Weight = XL_WEIGHT_TYPE;
   using Cache = XL_CACHE_TYPE;
+  static constexpr WeightLayout weight_layout = WeightLayout(XL_WEIGHT_LAYOUT);
   static constexpr int32_t vocab_size = XL_VOCAB_SIZE;
   static constexpr int32_t hidden_size = XL_HIDDEN_SIZE;
   static constexpr int32_t intermediate_size = XL_INTERMEDIATE_SIZE;

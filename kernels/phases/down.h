@@ -10,7 +10,7 @@ template <class Team, class Dims>
 XL_FN void phase_down(Team& team, const Grid& grid, const Params& p, const Dims& d, int layer) {
   using W = typename Dims::Weight;
   const int ffn = d.intermediate_size;
-  const RowMajor<W> matrix(p.layers[layer].down_proj, ffn);
+  const MatrixOf<Dims> matrix(p.layers[layer].down_proj, ffn);
   const auto* act = static_cast<const Activation<W>*>(p.act);
   const float* bias = p.layers[layer].down_bias;
   const Range units = grid.share(team, d.hidden_size, Team::granule);

@@ -12,7 +12,7 @@ XL_FN void phase_gate_up(Team& team, const Grid& grid, const Params& p, const Di
   using A = Activation<W>;
   const LayerWeights& weights = p.layers[layer];
   const int hidden = d.hidden_size, ffn = d.intermediate_size;
-  const RowMajor<W> gate(weights.gate_proj, hidden), up(weights.up_proj, hidden);
+  const MatrixOf<Dims> gate(weights.gate_proj, hidden), up(weights.up_proj, hidden);
   const int n_rows = p.step->n_rows, tile = rows_that_fit(p, hidden * sizeof(A), n_rows);
   const Range units = grid.share(team, ffn, Team::granule);
   A* normed = reinterpret_cast<A*>(team.scratch());

@@ -15,7 +15,7 @@ XL_FN void phase_lm_head(Team& team, const Grid& grid, const Params& p, const Di
   using W = typename Dims::Weight;
   using A = Activation<W>;
   const int hidden = d.hidden_size, n_sampled = p.step->n_sample_rows;
-  const RowMajor<W> matrix(p.lm_head, hidden);
+  const MatrixOf<Dims> matrix(p.lm_head, hidden);
   const size_t per_row = hidden * sizeof(A) + Team::warps * 2 * sizeof(uint64_t);  // a normed row, each warp's two maxima
   const int tile = rows_that_fit(p, per_row, n_sampled);
   const Range units = grid.share(team, d.vocab_size, Team::granule);

@@ -39,7 +39,7 @@ XL_FN void phase_output(Team& team, const Grid& grid, const Params& p, const Dim
   using W = typename Dims::Weight;
   using A = Activation<W>;
   const int width = d.num_attention_heads * d.head_dim;
-  const RowMajor<W> matrix(p.layers[layer].o_proj, width);
+  const MatrixOf<Dims> matrix(p.layers[layer].o_proj, width);
   const int n_rows = p.step->n_rows, tile = rows_that_fit(p, width * sizeof(A), n_rows);
   const float* bias = p.layers[layer].o_bias;
   const Range units = grid.share(team, d.hidden_size, Team::granule);

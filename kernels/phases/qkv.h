@@ -27,7 +27,7 @@ XL_FN void phase_qkv(Team& team, const Grid& grid, const Params& p, const Dims& 
       const int head = unit / half, i = unit % half;
       const bool is_q = head < q_heads, is_v = head >= q_heads + kv_heads;
       const int own = is_q ? head : (is_v ? head - q_heads - kv_heads : head - q_heads);
-      const RowMajor<W> matrix(is_q ? weights.q_proj : (is_v ? weights.v_proj : weights.k_proj), hidden);
+      const MatrixOf<Dims> matrix(is_q ? weights.q_proj : (is_v ? weights.v_proj : weights.k_proj), hidden);
       return matrix.row(own * d.head_dim + i + m * half);
     };
     const auto store = [&](int unit, int r, float a, float b) {

@@ -3,6 +3,8 @@
 // LanePairs: 64 consecutive bf16 as 32 pairs, for products of bf16 with bf16: virtual lane v holds elements 2v and 2v + 1.
 #pragma once
 
+#include "platform/weight_row.h"
+
 namespace xl {
 
 XL_FN float widen(float value) { return value; }
@@ -140,9 +142,9 @@ XL_FN float warp_max(Team& team, float value) {
 
 // out[j][r] = w[j] . x[r], j < N, r < R, by the definition of a dot product here: one accumulator a virtual lane, elements in
 // ascending order, then the tree. k is a multiple of 32. Each operand is read once for all.
-template <int N, int R, class Team, class W, class A>
-XL_FN void block_by_chunks(Team& team, const W* const (&w)[N], const A* x, int stride, int k, float (&out)[N][R]) {
-  using Read = Operands<Team, W, A>;
+template <int N, int R, class Team, class WeightRow, class A>
+XL_FN void block_by_chunks(Team& team, const WeightRow (&w)[N], const A* x, int stride, int k, float (&out)[N][R]) {
+  using Read = Operands<Team, ElementOf<WeightRow>, A>;
   typename Team::Chunk acc[N][R];
   for (int j = 0; j < N; ++j)
     for (int r = 0; r < R; ++r) acc[j][r] = Team::Chunk::all(0.0f);
@@ -150,7 +152,7 @@ XL_FN void block_by_chunks(Team& team, const W* const (&w)[N], const A* x, int s
     typename Read::Operand value[R];
     for (int r = 0; r < R; ++r) value[r] = load(x + size_t(r) * stride + i);
     for (int j = 0; j < N; ++j) {
-      const typename Read::Operand weight = load(w[j] + i);
+      const typename Read::Operand weight = load(element(w[j], i));
       for (int r = 0; r < R; ++r) acc[j][r] = fma(weight, value[r], acc[j][r]);
     }
   };

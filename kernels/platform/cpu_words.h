@@ -7,6 +7,7 @@
 #include <time.h>
 
 #define XL_FN inline
+#define XL_FORCED inline __attribute__((always_inline))
 #define XL_UNROLL
 
 namespace xl {
@@ -31,6 +32,30 @@ XL_FN void store_release_system(T* word, T value) {
   store_release(word, value);
 }
 
+// N words that the host writes, from one on 16 bytes on, all loads in flight at once. Two words are as of no common moment.
+template <int N>
+XL_FN void load_acquire_system(const uint64_t* words, uint64_t (&out)[N]) {
+  for (int i = 0; i < N; ++i) out[i] = load_acquire(words + i);
+}
+
+// Two neighbours, the first on 16 bytes: who sees the second sees the first.
+XL_FN void store_release_system(uint64_t* words, uint64_t first, uint64_t second) {
+  store_release(words, first);
+  store_release(words + 1, second);
+}
+
+// Orders nothing.
+XL_FN void store_relaxed_system(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
+
+// Two plain words as one store, on 16 bytes.
+XL_FN void store16(void* to, uint64_t low, uint64_t high) {
+  const uint64_t words[2] = {low, high};
+  memcpy(to, words, sizeof words);
+}
+
+// Adds to a word that this thread alone uses, without waiting for it.
+XL_FN void add_own(uint64_t* word, uint64_t value) { *word += value; }
+
 // Arrives at a barrier: what this thread wrote before is visible to whoever acquires the sum.
 XL_FN void add_release(uint64_t* word, uint64_t value) { __atomic_fetch_add(word, value, __ATOMIC_ACQ_REL); }
 
@@ -53,6 +78,13 @@ XL_FN uint64_t clock_ns() {
   clock_gettime(CLOCK_MONOTONIC, &now);
   return uint64_t(now.tv_sec) * 1000000000u + uint64_t(now.tv_nsec);
 }
+
+// What phases are timed by; see clock.h.
+constexpr bool kTicksAreNs = true;
+XL_FN uint64_t clock_ticks() { return clock_ns(); }
+
+// On a GPU: see cuda.h.
+XL_FN void forget(int&) {}
 
 XL_FN void pause_cpu() {
 #if defined(__x86_64__)

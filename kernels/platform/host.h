@@ -8,6 +8,7 @@ namespace xl {
 struct HostTeam : HostLanes {
   static constexpr int threads = 1, lanes = 1, warps = 1;
   static constexpr int tile = 16, granule = 16, in_flight = 1, block = kPanelRows, rows = 1, panel_rows = Panel<float, float>::rows;
+  static constexpr bool lane_groups = false, stages = false;
 
   float* scratch_;
   int shared_int_ = 0;
@@ -23,11 +24,11 @@ struct HostTeam : HostLanes {
   explicit HostTeam(float* scratch) : scratch_(scratch) {}
 #endif
   int thread() const { return 0; }
+  void forget() {}
   int warp() const { return 0; }
   void sync() {}
   void warp_sync() {}
   void add(uint64_t* word, uint64_t value) { *word += value; }
-  void raise(uint64_t* word, uint64_t value) { *word = value > *word ? value : *word; }
   float* scratch() { return scratch_; }
   int* shared_ints() { return &shared_int_; }
 

@@ -26,6 +26,12 @@ struct HostLanes {
   using Pairs = VectorPairs;
   int lane() const { return 0; }
   float shuffle_xor(float value, int) { return value; }
+
+  // Of rows in tiles, which only the emulation of a GPU has: panels take contiguous rows.
+  template <int N, int R, class WeightRow, class A>
+  void dot_block(const WeightRow (&w)[N], const A* x, int stride, int k, float (&out)[N][R]) {
+    block_by_chunks(*this, w, x, stride, k, out);
+  }
 };
 
 #if defined(__AVX512F__)

@@ -5,9 +5,11 @@
 //
 //   Team::threads, lanes, warps            compile-time constants
 //   thread() warp() lane()                 who am I
+//   forget()                               what is derived from these is not kept in registers across the call
 //   sync() warp_sync()                     barriers of the team, of the warp
 //   shuffle_xor(v, mask)                   the value of lane ^ mask
-//   add(word, v), raise(word, v)           integer sum, maximum into a word that the team shares; no order
+//   add(word, v)                           integer sum into a word that the team shares; no order
+//   stages, copy16(to, from), copied()     whether the team copies values into scratch; 16 bytes, aligned; this thread's are there
 //   scratch()                              memory that the team shares, Params.scratch_floats floats
 //   shared_ints()                          `threads` ints that the team shares
 //   Chunk, Pairs                           this lane's part of 32 consecutive elements (load, store, fma, sum, ...), of 64 bf16
@@ -17,13 +19,15 @@
 //   dot_block<N, R>(w, x, stride, k, out)  out[j][r] = w[j][0..k) . x[r * stride ..], j < N; k a multiple of 32; a whole warp
 //   panel_of(w, x)                         Panel of these types: weight rows, the most rows of activations, packed or not
 //   pack(x, stride, k, count)              activations as dot_panel of a packed Panel takes them, until the next call
+//   lane_groups, dot_rows(row, ...)        whether a warp takes several short rows at a time: dot products, a sink(n, r, value)
 //   dot_panel(w, x, stride, k, count, next, out, out_stride)  the same for `count` rows
 //
 // A multiply of bf16 weights by bf16 activations sums pairs (LanePairs) or products of tiles (host_amx.h); any other widens both
 // to float.
 //
-// Free functions: load_acquire (device scope), load_acquire_system, store_release_system (words that the
-// host writes or reads), add_release, max_relaxed, claim, clock_ns, relax (one turn of a spin), fma_, sqrt_.
+// Free functions: load_acquire (device scope), load_acquire_system, store_release_system, store_relaxed_system (words that the
+// host writes or reads), store16, add_own, add_release, max_relaxed, claim, clock_ns, clock_ticks (kTicksAreNs), relax (one turn
+// of a spin), forget, fma_, sqrt_.
 // Acquire and release operations only: free-standing fences and `volatile` are invisible to ThreadSanitizer.
 #pragma once
 

@@ -2,6 +2,8 @@
 // so that ThreadSanitizer sees every ordering that the phases rely on, and every one that they forget.
 #pragma once
 
+#include <vector>
+
 #include "platform/cpu_words.h"
 // cpu_words.h first: chunk.h needs XL_FN and fma_.
 #include "platform/chunk.h"
@@ -37,16 +39,24 @@ template <int Threads, int Lanes>
 struct RaceTeam {
   static constexpr int threads = Threads, lanes = Lanes, warps = Threads / Lanes;
   static constexpr int tile = 4, granule = 4, in_flight = 2, block = 2, rows = 2, panel_rows = 0;  // others than anywhere else
+  static constexpr bool lane_groups = false, stages = true;
   using Chunk = LaneChunk<Lanes>;
   using Pairs = LanePairs<Lanes>;
   using Shared = RaceShared<Threads, Lanes>;
 
+  struct Copy {
+    void* to;
+    const void* from;
+  };
+
   Shared* shared;
   int thread_;
+  std::vector<Copy> copies_;
   uint64_t team_epoch = 0, warp_epoch = 0, shuffles = 0;
 
   RaceTeam(Shared* shared, int thread) : shared(shared), thread_(thread) {}
   int thread() const { return thread_; }
+  void forget() {}
   int warp() const { return thread_ / Lanes; }
   int lane() const { return thread_ % Lanes; }
   void sync() { shared->team.wait(team_epoch, Threads); }
@@ -64,7 +74,12 @@ struct RaceTeam {
     return from_bits(uint32_t(other));
   }
   void add(uint64_t* word, uint64_t value) { __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
-  void raise(uint64_t* word, uint64_t value) { max_relaxed(word, value); }
+  // As late as may be: what is read too early is not there, or races with this.
+  void copy16(void* to, const void* from) { copies_.push_back({to, from}); }
+  void copied() {
+    for (const Copy& copy : copies_) memcpy(copy.to, copy.from, 16);
+    copies_.clear();
+  }
   float* scratch() { return shared->scratch; }
   int* shared_ints() { return shared->ints; }
 

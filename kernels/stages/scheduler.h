@@ -2,6 +2,7 @@
 // worst case of pages can be reserved; until then it waits at the head of the submission ring.
 #pragma once
 
+#include "mailbox.h"
 #include "penalties.h"
 #include "stages/commit.h"
 
@@ -10,16 +11,17 @@ namespace xl {
 // Events that one round of control may write: every slot's tokens and its end. Planning waits until the ring has room for them.
 XL_FN uint64_t events_per_round(const Params& p) { return uint64_t(p.max_slots) * uint64_t(kMaxBlock + 1); }
 
-XL_FN uint64_t free_events(const Params& p) {
-  return uint64_t(p.event_capacity) - (p.state->event_tail - load_acquire_system(&p.mailbox->event_head));
+XL_FN uint64_t free_events(const Params& p, const HostWords& host) {
+  return uint64_t(p.event_capacity) - (p.state->event_tail - host.event_head);
 }
 
 // Thread 0. Each cancellation ends a running request at once or marks a waiting one; unknown ids have finished already.
-XL_FN void take_cancellations(const Grid& grid, const Params& p, int page_size, uint64_t now_ns) {
+XL_FN void take_cancellations(const Grid& grid, const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
   LoopState& state = *p.state;
-  const uint64_t tail = load_acquire_system(&p.mailbox->cancel_tail);
-  const uint64_t submitted = load_acquire_system(&p.mailbox->submit_tail);
-  for (; state.cancel_head < tail && free_events(p) > events_per_round(p); ++state.cancel_head) {
+  const uint64_t tail = host.cancel_tail;
+  if (state.cancel_head == tail) return;
+  const uint64_t submitted = load_acquire_system(&p.mailbox->submit_tail);  // again: a request is submitted before it is cancelled
+  for (; state.cancel_head < tail && free_events(p, host) > events_per_round(p); ++state.cancel_head) {
     const uint64_t id = ring_entry(p.cancels, p.submission_capacity, state.cancel_head);
     for (int i = 0; i < state.n_order; ++i) {
       if (p.slots[p.order[i]].request_id != id) continue;
@@ -59,9 +61,9 @@ XL_FN void copy_sampling(Slot& slot, const Submission& submission) {
 }
 
 // Thread 0. Takes the head of the ring; its slot, or -1: nothing can be admitted now.
-XL_FN int admit_one(const Params& p, int page_size, uint64_t now_ns) {
+XL_FN int admit_one(const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
   LoopState& state = *p.state;
-  while (state.submit_head < load_acquire_system(&p.mailbox->submit_tail) && free_events(p) > events_per_round(p)) {
+  while (state.submit_head < host.submit_tail && free_events(p, host) > events_per_round(p)) {
     const Submission& submission = ring_entry(p.submissions, p.submission_capacity, state.submit_head);
     uint8_t& cancelled = ring_entry(p.cancelled, p.submission_capacity, state.submit_head);
     if (cancelled) {
@@ -131,12 +133,13 @@ XL_FN void prepare_adjustments(Team& team, const Params& p, const Dims& d, int s
 }
 
 template <class Team, class Dims>
-XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, const Dims& d, uint64_t now_ns) {
+XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, const Dims& d, const HostWords& host, uint64_t now_ns) {
   LoopState& state = *p.state;
   const int page_size = d.page_size;
-  if (team.thread() == 0) take_cancellations(grid, p, page_size, now_ns);
+  const uint64_t taken = team.thread() == 0 ? state.submit_head : 0;
+  if (team.thread() == 0) take_cancellations(grid, p, host, page_size, now_ns);
   for (;;) {
-    if (team.thread() == 0) state.admitted_slot = admit_one(p, page_size, now_ns);
+    if (team.thread() == 0) state.admitted_slot = admit_one(p, host, page_size, now_ns);
     team.sync();
     const int slot_id = state.admitted_slot;
     if (slot_id < 0) break;
@@ -155,7 +158,7 @@ XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, const 
     state.prompt_head = submission.prompt_begin + ring_tokens(submission);
     ++state.submit_head;
   }
-  if (team.thread() == 0) {
+  if (team.thread() == 0 && state.submit_head != taken) {
     store_release_system(&p.mailbox->prompt_head, state.prompt_head);
     store_release_system(&p.mailbox->submit_head, state.submit_head);
   }

@@ -41,6 +41,20 @@ def test_quick(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert 0 < seen[0] < seen[1] < seen[2]
 
 
+@pytest.mark.heavy
+def test_startup(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--startup", "--rounds", "1", "--cache", str(cache), "--outputs", str(tmp_path)]) == 0
+    *lines, last = capfd.readouterr().out.strip().splitlines()
+    report = json.loads(last)
+    for found in report.values():
+        moments = [found[f"{name}_s"]["median"] for name in ("header", "step", "end", "exit")]
+        assert moments == sorted(moments)
+        assert moments[0] > 0
+    assert report["mlflow"]["tracking_s"]["median"] > 0.1  # MLflow's import alone takes longer
+    assert len(lines) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--models", "huge"), ("--peers", "fast"), ("--rounds", "0"), ("--decode", "1"), ("--widths", "0,8")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from xlpk import record
 
 pytestmark = pytest.mark.heavy
 
-SHORT = ("workload.requests=2", "sampling.max_new_tokens=24", "tracking=none", "run.warmup_steps=0")
+SHORT = (
+    "workload.requests=2",
+    "sampling.max_new_tokens=24",
+    "tracking=none",
+    "run.warmup_steps=0",
+    "run.report=false",
+)
 
 
 def points(folder: Path) -> list[Path]:
@@ -60,3 +67,17 @@ def test_a_deadline_ends_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (first["status"], second["status"]) == ("FAILED", "FINISHED")
     assert first["error"] == "no end after run.deadline_s=3"
     assert "no end after run.deadline_s=3" in done.stderr
+
+
+def test_points_of_a_parallel_launcher_take_turns_on_the_device(tmp_path: Path) -> None:
+    """Two workers, one device: each point has a process of its own, and none runs while another does."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    options = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=1")
+    with kinds.on("persistent"):
+        xlpk(tmp_path, "-m", "backend=persistent,launched,graph", *options, *SHORT)
+    statuses = [record.read_json(point / record.STATUS) for point in points(tmp_path)]
+    assert [status["status"] for status in statuses] == ["FINISHED"] * 3
+    assert len({status["pid"] for status in statuses}) == 3
+    in_order = sorted(statuses, key=lambda status: status["started_unix_s"])
+    for first, second in itertools.pairwise(in_order):
+        assert first["ended_unix_s"] <= second["started_unix_s"]

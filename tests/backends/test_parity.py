@@ -177,8 +177,8 @@ KERNEL_MUTANTS = {
     "position_of_keys": ("phases/qkv.h", ".at(row.position, is_v", ".at(row.position + (is_v ? 0 : 1), is_v"),
     "head_map": (
         "phases/attend.h",
-        "first_head = kv_head * group;",
-        "first_head = (kv_head + 1) % d.num_key_value_heads * group;",
+        "kv_head * group + first, left}",
+        "(kv_head + 1) % kv_heads * group + first, left}",
     ),
     "no_score_scale": ("phases/attend.h", "1.0f / sqrt_(float(d.head_dim))", "1.0f / float(d.head_dim)"),
 }

@@ -48,4 +48,4 @@ def test_it_runs_from_anywhere(python: Path, tmp_path: Path) -> None:
 
 def test_its_console_script_is_declared(python: Path) -> None:
     (entry,) = python.parents[1].glob("lib/python*/site-packages/xlpk-*.dist-info/entry_points.txt")
-    assert "xlpk = xlpk.cli:main" in entry.read_text()
+    assert "xlpk = xlpk.cli:console" in entry.read_text()

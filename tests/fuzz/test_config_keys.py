@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from xlpk import config
-from xlpk.errors import InputError
-from xlpk.run import one_line
+from xlpk.errors import InputError, one_line
 from xlpk.settings import Settings
 
 # fmt: off

@@ -10,6 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from checkpoints import make_case
+
+from xlpk.model import load_model
+from xlpk.reference import forward, greedy
 
 SUITE = Path(__file__).parents[2] / "experiments" / "gpu_suite" / "run.py"
 ABOUT = {"device": "a device", "uuid": "GPU-1", "commit": "c", "driver_cuda": [13, 0], "date": "d"}
@@ -108,11 +112,87 @@ def test_results_are_carried(suite: ModuleType, monkeypatch: pytest.MonkeyPatch,
     assert again["cut"]["result"] == ["[]"]
 
 
+def test_what_cannot_run_is_named_and_tried_again(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reason = ["no torch here"]
+    peer = suite.Job("peer", [sys.executable, "-c", "print('ran')"], 30.0, suite.lines, skip=lambda: reason[0])
+    found = run(suite, monkeypatch, tmp_path / "out", [peer])
+    assert found["peer"] == {"exit_code": None, "seconds": 0.0, "skipped": "no torch here", "uuid": "GPU-1"}
+    assert "not run: no torch here" in (tmp_path / "out" / "suite.md").read_text()
+    reason[0] = ""
+    assert run(suite, monkeypatch, tmp_path / "out", [peer])["peer"]["result"] == ["ran"]
+    monkeypatch.setattr(suite.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho False\n")
+    (tmp_path / "python").chmod(0o755)
+    assert suite.no_transformers() == "this torch sees no GPU"
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
+    assert suite.no_transformers() == "torch and transformers: No module named torch"
+    (tmp_path / "python").write_text("#!/bin/sh\necho True\n")
+    assert suite.no_transformers() == ""
+
+
+def test_the_page_compares_bytes_with_what_the_device_reads(suite: ModuleType) -> None:
+    point = {
+        "overrides": ["backend=hf_static", "model=llama_1b_shape"],
+        "metrics": {"device_latency/itl_ms.p50": 2.0},
+        "bytes_per_token": 2_000_000_000,
+        "error": None,
+    }
+    beside = {
+        "kl_nats.mean": 1.5e-4,
+        "kl_nats.max": 2e-3,
+        "nll_ratio": 1.0,
+        "top1_agreement": 0.99,
+        "status": "FINISHED",
+    }
+    agreement = {
+        "backends": {"cpu": beside, "graph": {"status": "FAILED", "error": "lost"}},
+        "skipped": {"hf": "no torch"},
+    }
+    jobs = {
+        "microbench": {"result": ["a table", '{"read_gb_per_s": 4000.0}']},
+        "llama_1b_shape": {"result": [point, {"overrides": ["backend=graph"], "metrics": {}, "error": "hung"}]},
+        "agreement": {"result": agreement},
+    }
+    page = suite.markdown({"machine": ABOUT, "jobs": {n: {"exit_code": 0, "seconds": 1, **j} for n, j in jobs.items()}})
+    assert "| hf_static | 2 | - | - | - | - | - | 1000 | 25.0% |" in page
+    assert "| graph | hung |" in page
+    assert "| cpu | 0.00015 | 0.002 | 1 | 0.99 | - | - | - | - | - |" in page
+    assert "| graph | lost |" in page
+    assert "- not run: hf: no torch" in page
+
+
+def test_agreement_is_judged_by_the_oracles_margin(tmp_path: Path) -> None:
+    """The oracle's own tokens are right; one far below its best is outside the bound, of either arithmetic."""
+    spec = importlib.util.spec_from_file_location("gpu_suite_agreement", SUITE.with_name("agreement.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_suite_agreement"] = module  # its dataclass looks there
+    spec.loader.exec_module(module)
+    model = load_model("gqa", make_case(tmp_path, "gqa"))
+    prompt = (5, 6, 7)
+    tokens, _ = greedy(model.config, model.weights, prompt, 6, kv_dtype="bf16")
+    right = tokens.tolist()
+    logits = forward(model.config, model.weights, (*prompt, *right))[len(prompt) - 1]
+    wrong = [int(logits.argmin()), *right[1:]]
+    for torch_bf16 in (False, True):
+        found = module.agreement(model, [prompt], [right], torch_bf16)
+        assert (found.tokens, found.outside) == (6, 0)
+        assert found.largest_regret <= found.limit
+        assert module.agreement(model, [prompt], [wrong], torch_bf16).outside >= 1
+    ours, theirs = (module.agreement(model, [prompt], [right], kind).limit for kind in (False, True))
+    assert 0 < ours < theirs
+
+
 def test_the_order_and_the_files_that_exist(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "ROOT", SUITE.parents[2])
     names = [found.name for found in suite.jobs(tmp_path)]
     assert names[:3] == ["doctor", "microbench", "speed"]
-    assert names.index("numerics") < names.index("hazards") < names.index("contract contract")
+    assert (
+        names.index("numerics") < names.index("agreement") < names.index("hazards") < names.index("contract contract")
+    )
     for found in suite.jobs(tmp_path):
         for argument in found.command:
             assert not argument.endswith(".py") or Path(argument).exists()

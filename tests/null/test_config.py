@@ -100,14 +100,25 @@ def test_each_experiment_composes(name: str) -> None:
             composed(f"experiment={name}", f"{key}={value}")
 
 
+OF_OPTION = {"launched_phase": "launched", "hf_static": "hf", "hf_compiled": "hf"}  # variants of one node
+
+
 @pytest.mark.parametrize("group", config.groups())
 def test_each_option_composes_and_says_what_it_is(group: str) -> None:
     folder = Path(str(config.resources.files(config.PACKAGE))) / group
     for option in config.options(group):
-        extra = {"spec=none": ["mode=serial_decode"], "model=hf": ["model.path=x"]}.get(f"{group}={option}", [])
+        file = f"workload.file={folder / option}.yaml"  # any that can be opened: it is parsed when the run begins
+        extra = {
+            "spec=none": ["mode=serial_decode"],
+            "model=hf": ["model.path=x"],
+            "backend=hf_static": ["mode=serial_decode"],
+            "backend=hf_compiled": ["mode=serial_decode"],
+            "workload=trace": [file],
+            "workload=sharegpt": [file],
+        }.get(f"{group}={option}", [])
         settings = composed(f"{group}={option}", *extra)
         if group not in ("experiment", "mode"):
-            assert settings.resolved[group]["name"] == {"launched_phase": "launched"}.get(option, option)
+            assert settings.resolved[group]["name"] == OF_OPTION.get(option, option)
         assert (folder / f"{option}.yaml").read_text().startswith("# "), f"{group}/{option}.yaml needs a comment"
 
 
@@ -135,7 +146,19 @@ def test_each_option_composes_and_says_what_it_is(group: str) -> None:
         (["mode=serial_decode", "spec=oracle"], "spec", "oracle", "mode=speculative_decode"),
         (["mode=serial_decode", "acceptance=forced"], "acceptance", "forced", "keyed or greedy"),
         (["spec=none"], "spec", "none", "mode=serial_decode"),
-        (["mode.name=quality"], "mode.name", "quality", "one of serial_decode"),
+        (["mode.name=turbo"], "mode.name", "turbo", "one of serial_decode"),
+        (["mode.name=quality"], "quality.measure", "false", "true in mode=quality"),
+        (["mode=quality", "spec=ngram"], "spec", "ngram", "mode=quality drafts nothing"),
+        (["mode=quality", "model=llama_1b_shape"], "quality.measure", "true", "no tokenizer"),
+        (["quality.window=1"], "quality.window", "1", "2 to"),
+        (["quality.stride=513"], "quality.stride", "513", "1 to quality.window=512"),
+        (["quality.tokens=0"], "quality.tokens", "0", "1 to"),
+        (["quality.reference=exact"], "quality.reference", "exact", "one of numpy, transformers"),
+        (["backend=hf", "mode=forced_rejection"], "spec", "oracle", "ngram"),
+        (["backend=hf", "acceptance=forced"], "acceptance", "forced", "keyed"),
+        (["backend=hf_static"], "backend.cache", "static", "mode=serial_decode"),
+        (["backend=hf", "mode=serial_decode", "backend.compile=true"], "backend.compile", "true", "cache=dynamic"),
+        (["backend=hf", "backend.device=tpu"], "backend.device", "tpu", "one of auto, cpu, cuda"),
         (["spec.name=oracle"], "spec.name", "oracle", "one of ngram"),
         (["spec.min_n=0"], "spec.min_n", "0", "1 to 8"),
         (["spec.min_n=3", "spec.max_n=2"], "spec.max_n", "2", "3 to 8"),
@@ -170,6 +193,7 @@ def test_each_option_composes_and_says_what_it_is(group: str) -> None:
         (["backend=persistent", "backend.lease_ms=-1"], "backend.lease_ms", "-1.0", "0 (never) or 1 to"),
         (["backend=persistent", "backend.heartbeat_ms=nan"], "backend.heartbeat_ms", "nan", "0 (never) or 1 to"),
         (["backend=launched", "backend.sync=row"], "backend.sync", "row", "one of step, phase"),
+        (["backend=graph", "backend.weight_layout=8x8"], "backend.weight_layout", "8x8", "one of rows, tiles"),
         (["backend=graph", "backend.device=-1"], "backend.device", "-1", "0 to"),
         (["run.deadline_s=0"], "run.deadline_s", "0.0", "1 to 1000000 s"),
         (["tracking.timeout_s=0"], "tracking.timeout_s", "0.0", "above 0"),

@@ -36,6 +36,39 @@ def test_every_kernel_and_module_stands_in_the_table() -> None:
     assert not absent
 
 
+def rows() -> list[list[str]]:
+    """The cells of the components' table."""
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("| component, mode, feature |")[2]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:] if line]
+
+
+def test_every_component_has_a_file_a_test_and_a_status() -> None:
+    assert len(rows()) > 80
+    for row in rows():
+        assert len(row) == 4, row
+        component, files, tests, status = row
+        assert component
+        assert PATTERN.findall(files), row
+        assert [name for name in PATTERN.findall(tests) if name.startswith("tests/")], row
+        assert re.match(r"runs|compiles", status), row
+
+
+def test_every_test_stands_in_the_table() -> None:
+    named = {name for row in rows() for name in PATTERN.findall(row[2])}
+    folders = tuple(name for name in named if name.endswith("/"))
+    found = [str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not [name for name in found if name not in named and not name.startswith(folders)]
+
+
+def test_every_option_and_command_stands_in_the_table() -> None:
+    from xlpk import cli, completion, config_reference
+
+    words = set(re.findall(r"[\w]+", " ".join(row[0] for row in rows())))
+    asked = {option.name for found in config_reference.options().values() for option in found}
+    asked |= set(completion.subcommands(cli._parser()))
+    assert not sorted(asked - words)
+
+
 def test_every_metric_is_defined() -> None:
     from test_metrics import LOG
 

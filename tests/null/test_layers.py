@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +14,16 @@ import xlpk
 
 ROOT = Path(xlpk.__file__).parent
 LEVELS = {
-    0: "errors layout units dtypes jsonfile models kernels",
-    1: "model hf_config generation rope weights hash_weights safetensors_file text quant kv speculation workload "
-    "metrics reference",
+    0: "errors layout units dtypes jsonfile process models kernels",
+    1: "model hf_config generation rope weights hash_weights safetensors_file text quant kv speculation workload slo "
+    "event_log metrics statistics reference sampling divergence",
     2: "settings simulator backend toolchain stopping",
     3: "backends",
-    4: "engine tracking report record",
-    5: "config run isolate cli conf doctor bench bench_child bench_report",
+    4: "engine quality tracking report record sweep_table sweep_folder progress terminal interrupts "
+    "mlflow_fields rundata compare thresholds acceptance"
+    " plots report_figures report_sections report_page",
+    5: "config launchers run point sweep isolate cli conf doctor bench bench_child bench_report bench_startup "
+    "ui completion config_reference",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 ONLY_IN = {  # library -> modules that may import it
@@ -28,8 +33,9 @@ ONLY_IN = {  # library -> modules that may import it
     "llama_cpp": {"backends"},
     "gguf": {"backends"},
     "pycuda": {"backends"},
-    "hydra": {"config", "run", "report"},
-    "rich": {"run", "report"},
+    "matplotlib": {"plots", "report_page"},
+    "hydra": {"config", "run", "point", "sweep"},
+    "rich": {"terminal", "progress", "report"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -70,3 +76,16 @@ def test_the_check_sees_an_upward_import(tmp_path: Path) -> None:
     file = tmp_path / "kv.py"
     file.write_text("def f():\n    from xlpk import engine\n    import xlpk.run\n    import mlflow.tracking\n")
     assert list(imports(file)) == [("xlpk", "engine"), ("xlpk", "run"), ("mlflow", "")]
+
+
+def test_no_module_imports_what_is_heavy() -> None:
+    """Heavy libraries come when they are chosen; PyCUDA's own module is one that a backend chooses."""
+    names = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in FILES]
+    light = [name.removesuffix(".__init__") for name in names if name != "xlpk.backends.gpu_module"]
+    heavy = "mlflow torch transformers pycuda matplotlib rich pandas tokenizers jinja2 scipy sqlalchemy llama_cpp"
+    code = (
+        "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+        f"print(sorted(set({heavy.split()}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *light], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr + done.stdout

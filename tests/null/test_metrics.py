@@ -221,15 +221,6 @@ def test_p99_is_withheld_below_1000_samples() -> None:
     assert metrics.summary("x", [float(i) for i in range(1001)])["x.p99"] == 990
 
 
-def test_interval_of_the_median_is_reproducible_and_covers_it() -> None:
-    values = [float(i % 37) for i in range(400)]
-    low, high = metrics.median_interval(values)
-    assert low <= 18 <= high
-    assert high - low < 8
-    assert (low, high) == metrics.median_interval(values)
-    assert metrics.median_interval([3.0]) == (3.0, 3.0)
-
-
 def test_without_drafts_there_are_no_spec_metrics() -> None:
     serial = [{**LOG[0], "spec": {"name": "none"}}, *LOG[1:]]
     assert not [key for key in metrics.compute(serial) if key.startswith("spec/")]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from xlpk import record, tracking
+from xlpk import mlflow_fields, record, tracking
 from xlpk.settings import MlflowTracking
 
 FAKE = Path(__file__).parents[1] / "fake_run.py"
@@ -203,6 +203,6 @@ def test_parallel_writers_on_a_fresh_store(outputs: Path) -> None:
 
 def test_flatten() -> None:
     nested = {"a": {"b": 1, "c": [1, "x"], "d": None}, "e": "x" * 600, "f": True}
-    flat = tracking.flatten(nested)
+    flat = mlflow_fields.flatten(nested)
     assert flat | {"e": ""} == {"a.b": "1", "a.c": '[1, "x"]', "a.d": "null", "e": "", "f": "true"}
-    assert len(flat["e"]) == tracking.MAX_PARAM
+    assert len(flat["e"]) == mlflow_fields.MAX_PARAM

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "clock.h"
 #include "numerics.h"
 #include "penalties.h"
 #include "phases/filter.h"
@@ -51,15 +52,17 @@ extern "C" {
 void shim_filter(const float* logits, int32_t n, float temperature, int32_t top_k, float top_p, float min_p, uint64_t seed,
                  int32_t count, uint8_t* kept, int32_t* picked) {
   HostTeam team(nullptr);
-  uint64_t bins[kDigits + 1];
+  constexpr int kWords = kDigits + kFilterCells<HostTeam>;
+  uint64_t memory[kWords];
+  const FilterScratch scratch = filter_scratch<HostTeam>(memory, kWords);
   const FilterRule rule{temperature, top_k, top_p, min_p};
   float largest = logits[0];
   for (int i = 1; i < n; ++i)
     if (!(largest == largest) || logits[i] > largest) largest = logits[i];
-  const uint32_t threshold = filter_threshold(team, logits, n, rule, bins);
+  const uint32_t threshold = filter_threshold(team, logits, n, rule, scratch);
   for (int i = 0; i < n; ++i) kept[i] = keeps(rule, logits[i], largest, threshold);
   for (int i = 0; i < count; ++i)
-    picked[i] = unpack_token(keyed_best(team, logits, n, rule, largest, threshold, seed, i, &bins[kDigits]));
+    picked[i] = unpack_token(keyed_best(team, logits, n, rule, largest, threshold, seed, i, scratch.cells));
 }
 
 void shim_logprobs(const float* logits, int32_t n, int32_t count, Logprobs* out) {
@@ -80,6 +83,10 @@ void shim_adjust(const float* logits, int32_t n, const int32_t* counts, const fl
   Row row = {};
   row.position = position;
   for (int i = 0; i < n; ++i) out[i] = adjust_logit(p, dims, *slot, row, i, logits[i]);
+}
+
+void shim_ns_of_ticks(const uint64_t* ticks, uint64_t span_ns, uint64_t span_ticks, uint64_t* out, uint64_t n) {
+  for (uint64_t i = 0; i < n; ++i) out[i] = ns_of_ticks(ticks[i], span_ns, span_ticks);
 }
 
 void shim_exp(const float* x, float* out, uint64_t n) {

@@ -32,6 +32,14 @@ class Shim:
         getattr(self.dll, f"shim_{name}")(_address(values), _address(out), ctypes.c_uint64(values.size))
         return out
 
+    def ns_of_ticks(self, ticks: Array, span_ns: int, span_ticks: int) -> Array:
+        """[n] ticks -> [n] ns, of a clock that counted `span_ticks` in `span_ns`."""
+        ticks = np.ascontiguousarray(ticks, np.uint64)
+        out = np.empty_like(ticks)
+        span = ctypes.c_uint64(span_ns), ctypes.c_uint64(span_ticks)
+        self.dll.shim_ns_of_ticks(_address(ticks), *span, _address(out), ctypes.c_uint64(ticks.size))
+        return out
+
     def sincos(self, position: Array, frequency: Array) -> tuple[Array, Array]:
         position, frequency = position.astype(np.int32), frequency.astype(np.float64)
         sine, cosine = np.empty(position.size, np.float32), np.empty(position.size, np.float32)

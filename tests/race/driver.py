@@ -67,7 +67,8 @@ def small_tables() -> None:
     floats, table = memory.scratch_floats, memory.buffer_table
 
     def least(config: Any, limits: memory.Limits, *, warps: int) -> int:
-        return floats(config, memory.Limits(limits.max_num_seqs, 2, 1), warps=warps)
+        bins = 2 * (2 + 2 * 256)  # the filter's, a copy a lane
+        return max(floats(config, memory.Limits(limits.max_num_seqs, 2, 1), warps=warps), bins)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         buffers = table(*args, **kwargs)

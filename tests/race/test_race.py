@@ -173,12 +173,13 @@ class Fault:
 
 ARRIVE = "add_release(&state->arrivals, 1);"
 RELAXED_ARRIVE = "__atomic_fetch_add(&state->arrivals, uint64_t(1), __ATOMIC_RELAXED);"
-AWAIT = "load_acquire(&state->arrivals) < target"
-RELAXED_AWAIT = "__atomic_load_n(&state->arrivals, __ATOMIC_RELAXED) < target"
+AWAIT = "load_acquire(&state->arrivals)"
+RELAXED_AWAIT = "__atomic_load_n(&state->arrivals, __ATOMIC_RELAXED)"
 NORMED = """.store(out + size_t(r) * n + i, lane);
     }
   }
   team.sync();"""
+SUMMED = "        bins[b * copies] = sum;\n      }\n"
 TILE = "    team.sync();  // the next tile overwrites `{}`\n"
 
 
@@ -189,8 +190,9 @@ def relaxed(store: str) -> str:
 
 
 SUBMIT_TAIL = "store_release_system(&mailbox.submit_tail, tail + 1);"
-EVENT_TAIL = "store_release_system(&p.mailbox->event_tail, state.event_tail);"
-STEP_TAIL = "store_release_system(&p.mailbox->step_tail, state.step_tail);"
+TAILS = "store_release_system(&p.mailbox->event_tail, state.event_tail, state.step_tail);"
+RELAXED_EVENT_TAIL = "__atomic_store_n(&p.mailbox->event_tail, state.event_tail, __ATOMIC_RELAXED);"
+RELAXED_STEP_TAIL = "__atomic_store_n(&p.mailbox->step_tail, state.step_tail, __ATOMIC_RELAXED);"
 PROMPT_HEAD = "store_release_system(&p.mailbox->prompt_head, state.prompt_head);"
 SUBMIT_HEAD = "store_release_system(&p.mailbox->submit_head, state.submit_head);"
 ISSUED = "store_release(&session->issued, next + 1);"
@@ -204,12 +206,15 @@ FAULTS = {
     "output: merged rows read before they are written": Fault(
         "phases/output.h", "    }\n  }\n  team.sync();\n}", "    }\n  }\n}"
     ),
-    "attend: scores read before they are written": Fault("phases/attend.h", "  });\n  team.warp_sync();\n", "  });\n"),
-    "attend: weights read before they are written": Fault(
-        "phases/attend.h", ": 0.0f;\n    team.warp_sync();\n", ": 0.0f;\n"
+    "attend: scores read before they are written": Fault("phases/attend.h", "scores);\n  team.sync();\n", "scores);\n"),
+    "attend: weights and values read before they are there": Fault(
+        "phases/attend.h", "    team.copied();\n    team.sync();\n    for", "    team.copied();\n    for"
     ),
-    "attend: scores overwritten too early": Fault(
-        "phases/attend.h", "  team.warp_sync();  // the next item overwrites `scores`\n", ""
+    "attend: later values read before they are there": Fault(
+        "phases/attend.h", "      team.copied();\n      team.sync();\n", "      team.copied();\n"
+    ),
+    "attend: values overwritten too early": Fault(
+        "phases/attend.h", "      team.sync();  // the next values, or the next item, overwrite what was read\n", ""
     ),
     "grid barrier: arrives relaxed": Fault("sync.h", ARRIVE, RELAXED_ARRIVE),
     "grid barrier: waits relaxed": Fault("sync.h", AWAIT, RELAXED_AWAIT),
@@ -229,10 +234,14 @@ FAULTS = {
         "forward.h", "Phase::kFilter && !filters", "Phase::kFilter && p.step->n_filter_rows == 0"
     ),
     "filter: bins cleared while they are read": Fault(
-        "phases/filter.h", "    team.sync();  // the next round clears the bins\n", ""
+        "phases/filter.h", "    team.sync();  // and the next round clears the bins\n", ""
     ),
+    "filter: bins read before all copies are summed": Fault("phases/filter.h", f"{SUMMED}      team.sync();\n", SUMMED),
     "filter: a sum is read before all have added": Fault(
-        "phases/filter.h", "  team.add(cell, own);\n  team.sync();\n", "  team.add(cell, own);\n"
+        "phases/filter.h", "cells[team.warp()] = own;\n  team.sync();\n", "cells[team.warp()] = own;\n"
+    ),
+    "filter: a sum overwritten while it is read": Fault(
+        "phases/filter.h", "  team.sync();  // the cells are written again\n  return all;\n", "  return all;\n"
     ),
     "scheduler: counts are entered while they are cleared": Fault(
         "stages/scheduler.h", "    bias[i] = 0.0f;\n  }\n  team.sync();\n", "    bias[i] = 0.0f;\n  }\n"
@@ -261,9 +270,11 @@ FAULTS = {
         "persistent-quiet",
     ),
     "events published before they are written": Fault(  # the tail of steps, written next, would hide it
-        "control.h", f"{EVENT_TAIL}\n    {STEP_TAIL}", f"{relaxed(EVENT_TAIL)}\n    {relaxed(STEP_TAIL)}"
+        "control.h", TAILS, f"{RELAXED_EVENT_TAIL}\n    {RELAXED_STEP_TAIL}"
     ),
-    "steps published before they are written": Fault("control.h", STEP_TAIL, relaxed(STEP_TAIL)),
+    "steps published before they are written": Fault(
+        "control.h", TAILS, f"store_release_system(&p.mailbox->event_tail, state.event_tail);\n    {RELAXED_STEP_TAIL}"
+    ),
     "a maximum without an atomic": Fault(
         "phases/lm_head.h",
         "max_relaxed(&p.best[2 * first + i], best[i]);",

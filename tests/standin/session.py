@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cubins import record
 
 from xlpk.toolchain import NVCC_FLAGS, Build, find_nvcc, kernels_folder, parse_ptxas
 
@@ -37,6 +38,7 @@ def build_echo() -> Build:
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [find_nvcc() or "nvcc", *flags, str(SOURCE), "-o", str(target)]
         report.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+    record(SOURCE.name, CACHE, arch="sm_90a", defines={})
     return Build(target, "nvcc", "", 0.0, True, parse_ptxas(report.read_text()))
 
 

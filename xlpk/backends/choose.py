@@ -12,6 +12,7 @@ from xlpk.settings import (
     AutoBackend,
     CpuBackend,
     GraphBackend,
+    HfBackend,
     LaunchedBackend,
     PersistentBackend,
 )
@@ -29,7 +30,11 @@ def usable_gpu(cache: Path) -> str:
 
 
 def resolve(backend: AnyBackend, cache: Path) -> tuple[AnyBackend, str]:
-    """(`backend`, "") or, for auto, (what it comes to, one line that says so)."""
+    """(`backend`, "") or, for auto, (what it comes to, one line that says so). ToolError: hf without its libraries."""
+    if isinstance(backend, HfBackend):
+        from xlpk.backends.hf_model import require
+
+        require("backend=hf")
     if not isinstance(backend, AutoBackend):
         return backend, ""
     try:
@@ -51,14 +56,19 @@ def make(backend: AnyBackend, **options: Any) -> Backend:
             from xlpk.backends.persistent import PersistentBackend as Persistent
 
             times = {f"{name}_s": getattr(backend, f"{name}_ms") / 1e3 for name in ("lease", "idle", "heartbeat")}
-            return Persistent(ordinal=backend.device, **times, **options)
+            return Persistent(ordinal=backend.device, weight_layout=backend.weight_layout, **times, **options)
         case LaunchedBackend():
             from xlpk.backends.launched import LaunchedBackend as Launched
 
+            options["weight_layout"] = backend.weight_layout
             return Launched(ordinal=backend.device, sync=backend.sync, **options)
         case GraphBackend():
             from xlpk.backends.graph import GraphBackend as Graph
 
-            return Graph(ordinal=backend.device, **options)
+            return Graph(ordinal=backend.device, weight_layout=backend.weight_layout, **options)
+        case HfBackend():
+            from xlpk.backends.hf import HfBackend as Hf
+
+            return Hf(backend, **options)
         case _:
             return make(resolve(backend, options["cache"])[0], **options)

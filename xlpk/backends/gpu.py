@@ -20,9 +20,10 @@ from xlpk.backends.memory import dims_record
 from xlpk.backends.power import PowerMeter, Sample
 from xlpk.backends.submitter import Submitter
 from xlpk.backends.upload import DeviceWeights, upload
-from xlpk.errors import BackendError
+from xlpk.errors import BackendError, InputError
 from xlpk.kv import KVPlan
 from xlpk.model import Model
+from xlpk.settings import WEIGHT_LAYOUTS
 from xlpk.toolchain import dims_defines
 
 STOP_S = 1.0  # for the loop to leave when it is told to, beyond its own longest wait
@@ -43,16 +44,20 @@ class GpuBackend(Submitter):
         teams: int = 0,
         spin_deadline_s: float = 2.0,
         debug_logits: bool = False,
+        weight_layout: str = "rows",
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
         """`ordinal`: of the device. `teams`: 0: one a multiprocessor. `spin_deadline_s`: the longest wait at a barrier.
-        `debug_logits`: keep the logits of slot 0 by position. `progress`: of the upload. `options`: as of Submitter."""
+        `debug_logits`: keep the logits of slot 0 by position. `weight_layout`: rows | tiles. `progress`: of the upload.
+        `options`: as of Submitter."""
         self._device: Device | None = None
         self._started = False
         super().__init__(**options)
         self._ordinal, self._teams, self._spin_deadline_s = ordinal, teams, spin_deadline_s
-        self._debug_logits, self._progress = debug_logits, progress
+        if weight_layout not in WEIGHT_LAYOUTS:
+            raise InputError("backend.weight_layout", weight_layout, f"one of {', '.join(WEIGHT_LAYOUTS)}")
+        self._debug_logits, self._progress, self.weight_layout = debug_logits, progress, weight_layout
         self.folder: Path | None = None  # of the run: where a flight recorder is left
         self._memory: GpuMemory | None = None
         self._free_pages = 0
@@ -70,11 +75,12 @@ class GpuBackend(Submitter):
 
         device.counts = self._report = BackendReport()
         self.teams = self._teams or device.multiprocessors
-        defines = dims_defines(dims_record(model.config, plan), model.weights.dtype, plan.dtype)
+        defines = dims_defines(dims_record(model.config, plan), model.weights.dtype, plan.dtype, self.weight_layout)
         with device.errors("the kernels could not be loaded"):
             module = gpu_module.CachedSourceModule(self.source, self._cache, arch=device.arch, defines=defines)
         self._module = module
-        weights = upload(device, model, plan, self._progress)
+        retile = module.get_function("xl_retile") if self.weight_layout == "tiles" else None
+        weights = upload(device, model, plan, self._progress, retile)
         times = {"spin_deadline": self._spin_deadline_s, "census": self._spin_deadline_s, **self._times()}
         session = Session(model, plan, self.limits, self.spec, self.acceptance, self.teams, times, self._debug_logits)
         self._memory = memory = self._allocate(session, weights)
@@ -91,6 +97,7 @@ class GpuBackend(Submitter):
             "library": module.build.path.name,
             "build_seconds": f"{module.build.seconds:.2f}",
             "build_cached": str(module.build.cached).lower(),
+            "weight_layout": self.weight_layout,
             "upload_bytes": str(weights.nbytes),
             "upload_seconds": f"{weights.seconds:.3f}",
         }

@@ -108,6 +108,12 @@ class Device:
             self.cuda.memset_d8_async(int(allocation), 0, max(size, 1), self.stream)
         return int(allocation)
 
+    def free(self, address: int) -> None:
+        """Gives device memory back before the end; waits for what uses it."""
+        for allocation in [kept for kept in self._allocations if int(kept) == address]:
+            self._allocations.remove(allocation)
+            allocation.free()
+
     def map_host(self, memory: np.ndarray[Any, Any]) -> int:
         """Locks page-aligned host memory and maps it into the device's address space: its address there."""
         address = driver.register_host(memory.ctypes.data, memory.nbytes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from xlpk.backends import hf_model
 
 MODES = ("eager", "static", "compiled", "max_autotune")
 
@@ -23,18 +24,9 @@ class Transformers:
 
     def __init__(self, folder: Path, dtype: str, threads: int, cache: Path) -> None:
         """`folder`: a checkpoint with matrices of `dtype` (bf16, fp16, fp32). `cache`: where compiled code is kept."""
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve()))  # read when torch is imported
-        import torch
-        from transformers import LlamaForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+        torch = hf_model.libraries(cache)
         torch.set_num_threads(threads)
-        held = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-        self._model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=held).eval()
-        # Out of the file's mapping, into memory that may have huge pages: decoding is a quarter faster from there.
-        for parameter in self._model.parameters():
-            parameter.data = parameter.data.clone()
+        self._model: Any = hf_model.load_folder(folder, dtype)
         self._forwards: dict[str, Any] = {}
         self._caches: dict[int, Any] = {}
 
@@ -60,26 +52,20 @@ class Transformers:
         if mode in ("eager", "static"):
             return self._model.forward
         if mode == "compiled":
-            return torch.compile(self._model.forward, dynamic=False)
+            return hf_model.compiled(self._model, "cpu")
         from torch._inductor import config
 
         config.freezing = True
         return torch.compile(self._model.forward, dynamic=False, mode="max-autotune-no-cudagraphs")
 
     def _kv(self, mode: str, length: int) -> Any:
-        """An empty cache; one of fixed size is made once, since compiled code may hold its addresses."""
-        from transformers import DynamicCache, StaticCache
+        """An empty cache; one of fixed size is made once."""
+        from transformers import DynamicCache
 
         if mode == "eager":
             return DynamicCache(config=self._model.config)
         if length not in self._caches:
-            config = self._model.config
-            made = StaticCache(config=config, max_cache_len=length)
-            # Else the first call makes the tensors, and compiled code is compiled again for the second.
-            made.early_initialization(
-                1, config.num_key_value_heads, config.head_dim, self._model.dtype, self._model.device
-            )
-            self._caches[length] = made
+            self._caches[length] = hf_model.static_cache(self._model, length)
         self._caches[length].reset()
         return self._caches[length]
 

@@ -71,7 +71,7 @@ class LaunchedBackend(GpuBackend):
         self._fresh = np.zeros(slots, np.int32)
         self._row = self.device.locked(2 * vocab * 4).view(np.int32).reshape(2, vocab)
         self._back = self._readback.host
-        self._phase_ns = np.zeros(len(layout.PHASES), np.uint64)
+        self._device_state = np.zeros(1, layout.LOOP_STATE.dtype)  # as the last step left it
 
     def clock_ns(self) -> int:
         """The clock of control, which stamps events: the host's."""
@@ -154,11 +154,13 @@ class LaunchedBackend(GpuBackend):
         self.device.launch_all(calls, self.teams, layout.GPU_THREADS, self._memory.shared_bytes)
 
     def _take_times(self) -> None:
-        """Phases' times of the step, of team 0's clock: the device adds them up, control publishes them."""
+        """Phases' times of the step, of team 0's clocks: the device adds them up, control scales and publishes them."""
         assert self._memory is not None
-        now = self._back["state"]["phase_ns"][0]
-        self._memory["state"]["phase_ns"][0, :_CONTROL] += (now - self._phase_ns)[:_CONTROL]
-        self._phase_ns[:] = now
+        now, before, own = self._back["state"], self._device_state, self._memory["state"]
+        own["phase_ticks"][0, :_CONTROL] += (now["phase_ticks"] - before["phase_ticks"])[0, :_CONTROL]
+        for name in ("span_ns", "span_ticks"):
+            own[name] = now[name] - before[name]
+        before[:] = now
 
     def _stop(self) -> bool:
         assert self._memory is not None

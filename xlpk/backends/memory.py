@@ -111,7 +111,7 @@ def scratch_floats(config: ModelConfig, limits: Limits, *, warps: int) -> int:
     staged = limits.max_step_rows * max(config.hidden_size + 4 * warps, config.num_attention_heads * config.head_dim)
     group = config.num_attention_heads // config.num_key_value_heads
     scores = warps * group * layout.ATTENTION_SPAN
-    bins = 2 * 257  # of the filter phase, 64 bits each
+    bins = 2 * (256 + max(warps, 2))  # of the filter phase, 64 bits each, and the words that warps share
     return -(-max(staged, scores, bins) // layout.VIRTUAL_LANES) * layout.VIRTUAL_LANES
 
 

@@ -8,7 +8,6 @@ seen then.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from typing import Any
 
@@ -56,7 +55,6 @@ class PersistentBackend(GpuBackend):
         self.watch, self._flight = watch, flight
         self._heartbeat: int | None = None
         self._guard = contextlib.ExitStack()
-        self._owner = threading.get_ident()
 
     def _times(self) -> dict[str, float]:
         return {"lease": self._lease_s, "idle": self._idle_s, "heartbeat": self._heartbeat_s}
@@ -141,14 +139,12 @@ class PersistentBackend(GpuBackend):
 
     def submit(self, request: Any) -> bool:
         done = super().submit(request)
-        if threading.get_ident() == self._owner:  # a context is current in one thread only
+        if self._is_owner():
             self._keep_resident()
         return done
 
     def _take_cancellations(self) -> None:
-        self._raise_if_hanging()
-        if threading.get_ident() == self._owner:
-            self._keep_resident()
+        self._keep_resident()
 
     def poll(self) -> list[Event]:
         events = self._drain()

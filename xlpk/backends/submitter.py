@@ -1,11 +1,13 @@
 """What our backends do alike: they check requests, write them into the rings, and make events of what comes back.
 
 The rings and the mailbox lie where host and device both reach them; the C functions of the CPU library work on them
-with acquire and release operations. How the loop runs is the subclass's: `open`, `poll`, `close`.
+with acquire and release operations. How the loop runs is the subclass's: `open`, `poll`, `close`. The thread that
+opened a session owns it: it alone polls and closes. Any thread may submit and cancel.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from xlpk.speculation import Acceptance, Keyed, NoSpec, Proposer
 from xlpk.toolchain import build_cpu_library
 from xlpk.workload import Request
 
+CANCEL_S = 30.0  # for room in the ring of cancellations, which every step empties
 _BATCH = 4096  # records taken from a ring in one call
 _FINISH_REASONS = {int(reason): reason.name.lower() for reason in layout.FinishReason}
 
@@ -58,6 +61,8 @@ class Submitter:
         self.limits = Limits(max_num_seqs, max_step_rows, prefill_chunk)
         self._cache = cache
         self._library = library
+        self._writing = threading.Lock()  # a ring has one writer at a time
+        self._owner = threading.get_ident()
 
     @property
     def library(self) -> CpuLibrary:
@@ -79,6 +84,7 @@ class Submitter:
             raise BackendError(
                 "the library's record layout is not this package's: remove the build cache and run again"
             )
+        self._owner = threading.get_ident()
         self._model, self._plan, self._mailbox = model, plan, mailbox
         self._params, self._dims = params.ctypes.data, dims.ctypes.data
         self._events = np.zeros(_BATCH, layout.EVENT.dtype)
@@ -87,53 +93,47 @@ class Submitter:
 
     def check(self, request: Request) -> None:
         """Raises InputError for a request that this session can never run."""
-        plan, vocab = self._plan, self._model.config.vocab_size
-        where = f"request {request.request_id}"
-        if not request.prompt:
-            raise InputError(f"{where}: prompt", "''", "at least one token")
-        if request.max_new_tokens < 1:
-            raise InputError(f"{where}: max_new_tokens", request.max_new_tokens, "at least 1")
-        if len(request.prompt) + request.max_new_tokens > plan.max_len:
-            total = len(request.prompt) + request.max_new_tokens
-            raise InputError(f"{where}: prompt + max_new_tokens", total, f"at most {plan.max_len} positions")
-        for token in (*request.prompt, *request.stop_token_ids, *request.oracle):
-            if not 0 <= token < vocab:
-                raise InputError(f"{where}: token id", token, f"0 to {vocab - 1}")
-        if len(request.stop_token_ids) > layout.MAX_STOP_IDS:
-            raise InputError(f"{where}: stop_token_ids", len(request.stop_token_ids), f"at most {layout.MAX_STOP_IDS}")
-        for token, _ in request.logit_bias:
-            if not 0 <= token < vocab:
-                raise InputError(f"{where}: logit_bias", token, f"0 to {vocab - 1}")
-        for name, length, most in (
-            ("target", len(request.target), layout.MAX_TARGET),
-            ("logit_bias", len(request.logit_bias), layout.MAX_BIAS),
-            ("logprobs", request.logprobs or 0, layout.MAX_LOGPROBS),
-        ):
-            if length > most:
-                raise InputError(f"{where}: {name}", length, f"at most {most}")
-        if len(request.oracle) > plan.max_len:
-            raise InputError(f"{where}: oracle", len(request.oracle), f"at most {plan.max_len} tokens")
-        pages = plan.pages_for(len(request.prompt) + request.max_new_tokens)
-        if pages > plan.pages:
-            raise InputError(
-                "kv.budget", f"{plan.pages} pages", f"{where} needs {pages} pages of {plan.page_size} tokens"
-            )
+        check_request(request, self._model, self._plan)
 
     def submit(self, request: Request) -> bool:
         """False: the ring is full, try later. InputError: it can never run."""
         self.check(request)
         record, tokens = _submission(request)
-        return bool(self.library.dll.xl_submit(self._params, record.ctypes.data, tokens.ctypes.data))
+        with self._writing:
+            return bool(self.library.dll.xl_submit(self._params, record.ctypes.data, tokens.ctypes.data))
 
     def cancel(self, request_id: int) -> None:
-        """Asks that the request end; waits while the ring of cancellations is full."""
-        while not self.library.dll.xl_cancel(self._params, request_id):
+        """Asks that the request end; waits while the ring of cancellations is full. BackendError: that was CANCEL_S.
+
+        The owner empties the ring where no loop does; any other thread needs the owner's polls for that.
+        """
+        give_up = time.monotonic() + CANCEL_S
+        while not self._write_cancellation(request_id):
             self._raise_if_aborted()
-            self._take_cancellations()
+            self._raise_if_hanging()
+            if self._is_owner():
+                self._take_cancellations()
+            if time.monotonic() > give_up:
+                why = f"the ring of cancellations was full for {CANCEL_S:g} s"
+                who = (
+                    "the loop takes none" if self._is_owner() else "the thread that opened the backend does not poll it"
+                )
+                raise BackendError(f"request {request_id} could not be cancelled: {why}, {who}")
             time.sleep(0.001)
 
+    def _write_cancellation(self, request_id: int) -> bool:
+        with self._writing:
+            return bool(self.library.dll.xl_cancel(self._params, request_id))
+
+    def _is_owner(self) -> bool:
+        """Whether this thread opened the session: a GPU's context is current there alone, and control runs there."""
+        return threading.get_ident() == self._owner
+
     def _take_cancellations(self) -> None:
-        """Sees to it that somebody takes what is in the ring, where that is not a loop that always runs."""
+        """The owner sees to it that what is in the ring is taken, where that is not a loop that always runs."""
+
+    def _raise_if_hanging(self) -> None:
+        """Raises HangError if a watchdog saw that nothing moves."""
 
     def _drain(self) -> list[Event]:
         # Events before steps: a step is published after its events, so whoever sees it has them.
@@ -163,6 +163,38 @@ class Submitter:
         if code:
             team = int(self._mailbox["abort_team"][0])
             raise BackendError(f"the loop aborted: {layout.AbortReason(code).name.lower()} (team {team})")
+
+
+def check_request(request: Request, model: Model, plan: KVPlan) -> None:
+    """Raises InputError for a request that a session with this plan can never run."""
+    vocab, where = model.config.vocab_size, f"request {request.request_id}"
+    if not request.prompt:
+        raise InputError(f"{where}: prompt", "''", "at least one token")
+    if request.max_new_tokens < 1:
+        raise InputError(f"{where}: max_new_tokens", request.max_new_tokens, "at least 1")
+    if len(request.prompt) + request.max_new_tokens > plan.max_len:
+        total = len(request.prompt) + request.max_new_tokens
+        raise InputError(f"{where}: prompt + max_new_tokens", total, f"at most {plan.max_len} positions")
+    for token in (*request.prompt, *request.stop_token_ids, *request.oracle):
+        if not 0 <= token < vocab:
+            raise InputError(f"{where}: token id", token, f"0 to {vocab - 1}")
+    if len(request.stop_token_ids) > layout.MAX_STOP_IDS:
+        raise InputError(f"{where}: stop_token_ids", len(request.stop_token_ids), f"at most {layout.MAX_STOP_IDS}")
+    for token, _ in request.logit_bias:
+        if not 0 <= token < vocab:
+            raise InputError(f"{where}: logit_bias", token, f"0 to {vocab - 1}")
+    for name, length, most in (
+        ("target", len(request.target), layout.MAX_TARGET),
+        ("logit_bias", len(request.logit_bias), layout.MAX_BIAS),
+        ("logprobs", request.logprobs or 0, layout.MAX_LOGPROBS),
+    ):
+        if length > most:
+            raise InputError(f"{where}: {name}", length, f"at most {most}")
+    if len(request.oracle) > plan.max_len:
+        raise InputError(f"{where}: oracle", len(request.oracle), f"at most {plan.max_len} tokens")
+    pages = plan.pages_for(len(request.prompt) + request.max_new_tokens)
+    if pages > plan.pages:
+        raise InputError("kv.budget", f"{plan.pages} pages", f"{where} needs {pages} pages of {plan.page_size} tokens")
 
 
 def _submission(request: Request) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

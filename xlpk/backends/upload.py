@@ -1,13 +1,15 @@
 """Weights from the checkpoint's mapping to the device: two page-locked buffers, one filled while the other is copied.
 
 The host's memory does not depend on the model: pages of the mapping are the file cache's. Norms and biases arrive as
-float32, as the kernels read them.
+float32, as the kernels read them. With `weight_layout=tiles` matrices go through one buffer of the device, from which a
+kernel moves each piece to its tiles (kernels/retile.h).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,8 @@ STAGING_BYTES = 32 << 20  # of one buffer
 FILLERS = 8  # threads that fill a buffer; one alone copies slower than the link does
 _PART_BYTES = 1 << 20  # the least that is worth a thread
 _ALIGNMENT = 256
+_UNIT_BYTES = 16  # WeightUnit: what xl_retile moves at once
+_BLOCKS = 8  # of xl_retile, a multiprocessor
 
 Progress = Callable[[int, int], None]  # (bytes copied, bytes in all)
 _MATRICES = (
@@ -45,11 +49,19 @@ class DeviceWeights:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Contiguous host memory, and what keeps it alive."""
+    """Contiguous host memory, and what keeps it alive. `row_bytes`: of a matrix for tiles; 0: copied as it is."""
 
     address: int
     nbytes: int
     keeps: Any
+    row_bytes: int = 0
+    element_bytes: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """In tiles with rows of zeros behind the last one."""
+        granule = layout.WEIGHT_TILE_ROWS * self.row_bytes or 1
+        return -(-self.nbytes // granule) * granule
 
 
 def _array(values: np.ndarray[Any, Any]) -> _Piece:
@@ -57,13 +69,14 @@ def _array(values: np.ndarray[Any, Any]) -> _Piece:
     return _Piece(values.ctypes.data, values.nbytes, values)
 
 
-def _pieces(model: Model, plan: KVPlan) -> Iterator[tuple[str, _Piece]]:
+def _pieces(model: Model, plan: KVPlan, tiled: bool) -> Iterator[tuple[str, _Piece]]:
     """(name, memory) of everything but the table of layers; names of a layer are `index.field`."""
     weights, config = model.weights, model.config
 
     def matrix(name: str) -> _Piece:
         found = weights.matrix(name)
-        return _Piece(found.address, found.base.nbytes, found)
+        size = int(found.base.itemsize)
+        return _Piece(found.address, found.base.nbytes, found, found.shape[1] * size if tiled else 0, size)
 
     yield "embed_tokens", matrix("model.embed_tokens.weight")
     if not config.tie_word_embeddings:
@@ -82,13 +95,18 @@ def _pieces(model: Model, plan: KVPlan) -> Iterator[tuple[str, _Piece]]:
                 yield f"{index}.{field.replace('_proj', '_bias')}", _array(weights.vector(bias))
 
 
-def upload(device: Device, model: Model, plan: KVPlan, progress: Progress | None = None) -> DeviceWeights:
-    """Copies all weights; one allocation. InputError if they do not fit."""
+def upload(
+    device: Device, model: Model, plan: KVPlan, progress: Progress | None = None, retile: Any = None
+) -> DeviceWeights:
+    """Copies all weights; one allocation. `retile`: the kernel xl_retile if matrices are to lie in tiles.
+
+    InputError if they do not fit, with one more STAGING_BYTES for the way to tiles.
+    """
     begin_s = time.perf_counter()
-    pieces = list(_pieces(model, plan))
+    pieces = list(_pieces(model, plan, retile is not None))
     layers = np.zeros(model.config.num_hidden_layers, layout.LAYER_WEIGHTS.dtype)
     offsets, size = {}, 0
-    for name, nbytes in (*((name, piece.nbytes) for name, piece in pieces), ("layers", layers.nbytes)):
+    for name, nbytes in (*((name, piece.device_bytes) for name, piece in pieces), ("layers", layers.nbytes)):
         offsets[name] = size
         size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
     base = device.allocate(size, "model")
@@ -102,15 +120,16 @@ def upload(device: Device, model: Model, plan: KVPlan, progress: Progress | None
     addresses.setdefault("lm_head", addresses["embed_tokens"])
     pieces.append(("layers", _array(layers)))
     with device.errors("the weights could not be copied"):
-        _copy(device, [(base + offsets[name], piece) for name, piece in pieces], progress)
+        _copy(device, [(base + offsets[name], piece) for name, piece in pieces], progress, retile)
     nbytes = sum(piece.nbytes for _, piece in pieces)
     return DeviceWeights(addresses, nbytes, time.perf_counter() - begin_s)
 
 
-def _copy(device: Device, pieces: list[tuple[int, _Piece]], progress: Progress | None) -> None:
+def _copy(device: Device, pieces: list[tuple[int, _Piece]], progress: Progress | None, retile: Any) -> None:
     """Chunk by chunk through two buffers; a chunk never mixes pieces."""
     cuda, total, done = device.cuda, sum(piece.nbytes for _, piece in pieces), 0
-    size = min(STAGING_BYTES, max(piece.nbytes for _, piece in pieces))
+    size = min(STAGING_BYTES, max(piece.nbytes for _, piece in pieces)) // _UNIT_BYTES * _UNIT_BYTES
+    staging = device.allocate(size, "model: the buffer for its tiles") if retile is not None else 0
     buffers = [device.locked(size) for _ in range(2)]
     pool = ThreadPoolExecutor(min(FILLERS, usable_cores()))
     copied = [cuda.Event(cuda.event_flags.DISABLE_TIMING) for _ in range(2)]
@@ -123,8 +142,13 @@ def _copy(device: Device, pieces: list[tuple[int, _Piece]], progress: Progress |
                 if turn >= 2:
                     event.synchronize()
                 _fill(pool, buffer.ctypes.data, piece.address + begin, count)
-                cuda.memcpy_htod_async(target + begin, buffer[:count], device.stream)
-                event.record(device.stream)
+                if piece.row_bytes:
+                    cuda.memcpy_htod_async(staging, buffer[:count], device.stream)
+                    event.record(device.stream)
+                    _to_tiles(device, retile, staging, target, piece, begin, count)
+                else:
+                    cuda.memcpy_htod_async(target + begin, buffer[:count], device.stream)
+                    event.record(device.stream)
                 turn += 1
                 done += count
                 if progress is not None:
@@ -138,6 +162,20 @@ def _copy(device: Device, pieces: list[tuple[int, _Piece]], progress: Progress |
         pool.shutdown()
     for buffer in buffers:
         device.release(buffer)
+    if staging:
+        device.free(staging)
+
+
+def _to_tiles(device: Device, retile: Any, staging: int, target: int, piece: _Piece, begin: int, count: int) -> None:
+    """Bytes begin .. begin + count of a matrix, which lie in `staging`, to its tiles at `target`; on the stream.
+
+    Counted nowhere, as the upload's copies are not: counters are of what a session does for its requests.
+    """
+    units = count // _UNIT_BYTES
+    columns = layout.WEIGHT_TILE_COLUMNS * piece.element_bytes // _UNIT_BYTES
+    places = staging, target, begin // _UNIT_BYTES, units, piece.row_bytes // _UNIT_BYTES, columns
+    blocks = min(_BLOCKS * device.multiprocessors, -(-units // layout.GPU_THREADS))
+    retile._launch_kernel((blocks, 1), (layout.GPU_THREADS, 1, 1), struct.pack("=QQqiii", *places), 0, device.stream)
 
 
 def _fill(pool: ThreadPoolExecutor, to: int, source: int, count: int) -> None:
