@@ -8,6 +8,7 @@
 #include "stages/decode.h"
 #include "stages/draft.h"
 #include "stages/kv.h"
+#include "stages/preempt.h"
 #include "stages/prefill.h"
 #include "stages/scheduler.h"
 #include "stages/spec_verify.h"
@@ -35,6 +36,10 @@ XL_FN void commit_step(const Grid& grid, const Params& p, const Dims& d, uint64_
     }
   }
   state.n_order = kept;
+  // A page that k tables hold is full, and was counted k times.
+  const int shared = state.n_refs - state.n_active_pages;
+  record.live_pages -= shared;
+  record.live_tokens -= shared * d.page_size;
   check_page_conservation(grid, p);
   record.end_ns = now_ns;
   for (int i = 0; i < kPhases; ++i) {
@@ -57,8 +62,12 @@ XL_FN void plan_step(const Grid& grid, const Params& p, const HostWords& host, i
   step.n_prefill = step.n_decode = 0;
   if (state.n_order == 0) return;
   record = StepRecord{};
-  stage_decode(grid, p, page_size, record);
-  stage_prefill(grid, p, page_size, record);
+  secure_pages(grid, p, page_size, now_ns);
+  secure_draft_pages(grid, p, page_size);
+  step.n_moves = record.n_moves = state.n_moves;
+  state.n_moves = 0;
+  stage_decode(p, page_size, record);
+  stage_prefill(p, page_size, record);
   step.step = record.step = ++state.n_steps;
   step.begin_ns = record.begin_ns = now_ns;
   record.n_rows = step.n_rows;
@@ -68,10 +77,16 @@ XL_FN void plan_step(const Grid& grid, const Params& p, const HostWords& host, i
   record.n_sample_rows = step.n_sample_rows;
   record.n_prefill = step.n_prefill;
   record.n_decode = step.n_decode;
-  record.n_waiting = int(host.submit_tail - state.submit_head);
+  record.n_preempted = state.n_preempted;
+  record.n_waiting = int(state.submit_tail - state.submit_seen) + state.n_queued - state.n_preempted;
+  record.n_preemptions = state.n_preemptions;
+  record.n_evictions = state.n_evictions;
+  state.n_preemptions = state.n_evictions = 0;
   record.pages_total = p.n_pages;
   record.pages_free = state.n_free_pages;
-  record.pages_active = p.n_pages - state.n_free_pages - record.pages_draft;
+  record.pages_cached = state.n_cached_pages;
+  record.pages_active = state.n_active_pages - record.pages_draft;
+  record.pages_locked = record.pages_active - unlocked_pages(p);
 }
 
 // Rows that drafts may take: what the cap leaves behind decode rows and prompt chunks.
@@ -103,7 +118,7 @@ XL_FN LeaveReason leave_reason(const Params& p, const HostWords& host, uint64_t 
     }
   }
   if (p.lease_ns > 0 && now_ns - state.launched_ns > p.lease_ns) return LeaveReason::kLease;
-  if (state.n_order > 0 || host.submit_tail != state.submit_head) state.busy_ns = now_ns;
+  if (state.n_order > 0 || state.n_queued > 0 || host.submit_tail != state.submit_seen) state.busy_ns = now_ns;
   if (p.idle_ns > 0 && now_ns - state.busy_ns > p.idle_ns) return LeaveReason::kIdle;
   return LeaveReason::kNone;
 }
@@ -111,7 +126,7 @@ XL_FN LeaveReason leave_reason(const Params& p, const HostWords& host, uint64_t 
 // Thread 0. The last words of a round of control.
 XL_FN void publish_round(const Params& p) {
   Mailbox& mailbox = *p.mailbox;
-  mailbox.running = uint32_t(p.state->n_order);
+  mailbox.running = uint32_t(p.state->n_order + p.state->n_queued);
   store_relaxed_system(&mailbox.progress, ++p.state->n_rounds);  // a sign of life, which nobody reads others by
   if (p.step->leave == int(LeaveReason::kNone)) return;
   mailbox.leave = uint32_t(p.step->leave);
@@ -137,7 +152,10 @@ XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Di
   }
   team.sync();
   const int draft_rows = state.draft_rows;
-  if (draft_rows > 0) stage_draft(team, p, d, draft_rows);
+  if (draft_rows > 0) {
+    stage_draft(team, p, d, draft_rows);
+    team.sync();  // planning may preempt, and who drafts reads who runs
+  }
   if (team.thread() == 0) {
     if (draft_rows >= 0) plan_step(grid, p, host, d.page_size, now_ns);
     store_release_system(&p.mailbox->event_tail, state.event_tail, state.step_tail);  // whoever sees a step sees its events

@@ -331,19 +331,28 @@ int32_t xl_control(const Params* params, const xl::Dims* dims) {
 // Launched from a host with a device: after control, what changed in the page table and in the counts since the last call, as
 // Params.patches and Step.n_page_patches, n_count_patches. What the device has: `table` as Params.page_table; by slot the request
 // in `ids` (its id + 1) and the number of its tokens in the counts in `counted`. `fresh`: slots whose whole rows of counts and
-// bias must be sent; how many there are, or -1: more than `capacity` patches.
+// bias must be sent; `tables`: slots whose row of `table` must be; `n_rows`: [2], how many of each. The number of patches, or -1:
+// more than `capacity`.
 int32_t xl_collect_patches(const Params* params, const xl::Dims* dims, int32_t* table, uint64_t* ids, int32_t* counted,
-                           int32_t* fresh, int32_t capacity) {
+                           int32_t* fresh, int32_t* tables, int32_t* n_rows, int32_t capacity) {
+  constexpr int kFewPages = 8;  // a request that gets more of them at once found a shared prefix: its row is sent
   const Params& p = *params;
-  int n = 0, n_fresh = 0;
+  int n = 0;
+  n_rows[0] = n_rows[1] = 0;
   const auto add = [&](size_t index, int32_t value) {
     if (n < capacity) p.patches[n] = Patch{int32_t(index), value};
     ++n;
   };
   for (int i = 0; i < p.state->n_order; ++i) {
-    const size_t begin = size_t(p.order[i]) * size_t(p.max_slot_pages);
-    for (size_t at = begin; at < begin + size_t(p.slots[p.order[i]].n_pages); ++at)
-      if (table[at] != p.page_table[at]) add(at, table[at] = p.page_table[at]);
+    const size_t begin = size_t(p.order[i]) * size_t(p.max_slot_pages), end = begin + size_t(p.slots[p.order[i]].n_pages);
+    int changed = 0;
+    for (size_t at = begin; at < end; ++at) changed += table[at] != p.page_table[at];
+    if (changed > kFewPages) tables[n_rows[1]++] = p.order[i];
+    for (size_t at = begin; at < end; ++at) {
+      if (table[at] == p.page_table[at]) continue;
+      table[at] = p.page_table[at];
+      if (changed <= kFewPages) add(at, table[at]);
+    }
   }
   p.step->n_page_patches = n;
   for (int i = 0; i < p.state->n_order; ++i) {
@@ -352,17 +361,16 @@ int32_t xl_collect_patches(const Params* params, const xl::Dims* dims, int32_t* 
     if (ids[slot_id] != slot.request_id + 1) {
       ids[slot_id] = slot.request_id + 1;
       counted[slot_id] = slot.length;
-      if (slot.adjusted) fresh[n_fresh++] = slot_id;
+      if (slot.adjusted) fresh[n_rows[0]++] = slot_id;
     }
     for (int32_t& at = counted[slot_id]; at < slot.length; ++at) {
       if (!slot.penalized) continue;
-      const size_t index =
-          size_t(slot_id) * size_t(dims->vocab_size) + size_t(p.tokens[size_t(slot_id) * size_t(p.max_len) + size_t(at)]);
+      const size_t index = size_t(slot_id) * size_t(dims->vocab_size) + size_t(tokens_of(p, slot_id)[at]);
       add(index, p.counts[index]);
     }
   }
   p.step->n_count_patches = n - p.step->n_page_patches;
-  return n <= capacity ? n_fresh : -1;
+  return n <= capacity ? n : -1;
 }
 
 // Changes Mailbox.heartbeat each `interval_ns` from a thread of its own, which no interpreter's lock can stop.

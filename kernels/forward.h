@@ -8,6 +8,7 @@
 #include "phases/filter.h"
 #include "phases/gate_up.h"
 #include "phases/lm_head.h"
+#include "phases/move.h"
 #include "phases/output.h"
 #include "phases/qkv.h"
 
@@ -45,12 +46,12 @@ XL_FN bool for_each_phase(const Dims& d, Visit visit) {
 template <class Team, class Dims>
 XL_FN bool forward(Team& team, Grid& grid, const Params& p, const Dims& d) {
   // Read now: behind the last barrier control may be writing the next descriptor already.
-  const bool filters = p.step->n_filter_rows > 0;
+  const bool filters = p.step->n_filter_rows > 0, moves = p.step->n_moves > 0;
   const uint64_t step = p.step->step;
   const bool timed = grid.team == 0 && team.thread() == 0;
   if (timed) begin_span(*p.state);
   const bool done = for_each_phase(d, [&](Phase phase, int layer) {
-    if (phase == Phase::kFilter && !filters) return true;
+    if ((phase == Phase::kFilter && !filters) || (phase == Phase::kMove && !moves)) return true;
     if (timed) begin_phase(*p.state, phase, clock_ticks());
     grid.note(team, phase, layer, step);
     // Else each phase's addresses and shares, which never change, fill the registers of all the others.

@@ -28,7 +28,7 @@ XL_FN void wait_for_work(Team& team, const Params& p) {
     }
     const uint64_t give_up = clock_ns() + 1000000;
     int turns = 0;
-    while (host.submit_tail == state.submit_head && host.cancel_tail == state.cancel_head && host.stop == 0 &&
+    while (host.submit_tail == state.submit_seen && host.cancel_tail == state.cancel_head && host.stop == 0 &&
            host.ping == state.pong && clock_ns() < give_up) {
       relax(turns);
       host = read_host(*p.mailbox);

@@ -21,6 +21,26 @@ class Admitted(NamedTuple):
     step: int  # the step that was being planned
     device_ns: int
     host_ns: int  # host clock when the host saw it
+    n_cached: int = 0  # tokens of its prompt whose K and V it found in pages of others
+
+
+class Preempted(NamedTuple):
+    """The request lost its pages to others of smaller rank; it waits, with what it has put out."""
+
+    request_id: int
+    step: int
+    device_ns: int
+    host_ns: int
+
+
+class Resumed(NamedTuple):
+    """A preempted request runs again."""
+
+    request_id: int
+    step: int
+    device_ns: int
+    host_ns: int
+    n_cached: int = 0  # of its tokens, as of Admitted: its own pages among them, if nobody needed them
 
 
 class Token(NamedTuple):
@@ -45,7 +65,7 @@ class Finished(NamedTuple):
     step: int
     device_ns: int
     host_ns: int
-    reason: str  # eos stop target length cancelled error
+    reason: str  # eos stop target length deadline cancelled error
     n_output: int
 
 
@@ -58,7 +78,7 @@ class StepDone(NamedTuple):
     phase_ns: dict[str, int]
 
 
-Event = Admitted | Token | Finished | StepDone
+Event = Admitted | Preempted | Resumed | Token | Finished | StepDone
 
 
 @dataclass

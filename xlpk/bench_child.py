@@ -100,7 +100,7 @@ class Session:
         first = self._next_id
         self._next_id += len(prompts)
         for number, prompt in enumerate(prompts):
-            request = Request(first + number, prompt, new_tokens, temperature=0.0, ignore_eos=True)
+            request = Request(first + number, prompt, new_tokens, temperature=0.0, ignore_eos=True, share_prefix=False)
             while not self.backend.submit(request):
                 time.sleep(POLL_S)
         steps: list[StepDone] = []

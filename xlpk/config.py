@@ -10,7 +10,7 @@ import difflib
 import math
 import secrets
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import resources
 from typing import Any
 
@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from xlpk import launchers, layout
 from xlpk.dtypes import ELEMENT_BYTES, KV_DTYPES
 from xlpk.errors import InputError, shown
-from xlpk.kv import KV
+from xlpk.kv import EVICTIONS, KV, PREEMPTIONS
 from xlpk.settings import (
     MODES,
     ORCHESTRATIONS,
@@ -138,6 +138,13 @@ def validate(cfg: DictConfig) -> Settings:
     check_sampling(config.sampling, layout.MAX_STOP_IDS)
     spec, notes = _check_mode(config)
     if isinstance(config.backend, HfBackend):
+        for field_, value, only in (
+            ("scheduler.policy", config.scheduler.policy, "fcfs"),
+            ("kv.pressure", config.kv.pressure, None),
+            ("kv.preemption", config.kv.preemption, "recompute"),
+        ):
+            if value != only:
+                raise InputError(field_, value, f"{only or 'null'} with backend=hf, which neither ranks nor preempts")
         config.backend.check(spec, config.acceptance)
         notes += [note] if (note := config.backend.note(spec)) else []
     config.quality.check()
@@ -147,7 +154,7 @@ def validate(cfg: DictConfig) -> Settings:
         backend=config.backend,
         spec=spec,
         acceptance=config.acceptance,
-        kv=config.kv,
+        kv=replace(config.kv, prefix_sharing=False) if isinstance(config.backend, HfBackend) else config.kv,
         model=config.model,
         workload=config.workload,
         sampling=config.sampling,
@@ -223,6 +230,13 @@ def _check_numbers(config: Config) -> None:
     _between("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 1, 512)
     _between("scheduler.max_step_rows", config.scheduler.max_step_rows, 1, 512)
     _between("scheduler.prefill_chunk", config.scheduler.prefill_chunk, 1, 1 << 20)
+    if config.kv.pressure is not None and not 0 < config.kv.pressure <= 1:  # nan compares false
+        raise InputError("kv.pressure", config.kv.pressure, "above 0, at most 1")
+    _between("scheduler.max_waiting", config.scheduler.max_waiting, 1, 1 << 16)
+    _between("scheduler.ageing_steps", config.scheduler.ageing_steps, 0, 1 << 24)
+    _one_of("scheduler.policy", config.scheduler.policy, [policy.name.lower() for policy in layout.Policy])
+    _one_of("kv.eviction", config.kv.eviction, EVICTIONS)
+    _one_of("kv.preemption", config.kv.preemption, PREEMPTIONS)
     _between("run.warmup_steps", config.run.warmup_steps, 0, 1 << 20)
     _between("model.seed", config.model.seed, 0, (1 << 63) - 1)
     if config.model.max_len is not None:
@@ -253,6 +267,10 @@ def _check_numbers(config: Config) -> None:
 def _check_mode(config: Config) -> tuple[NoSpec | Ngram | Oracle, list[str]]:
     """The proposer that runs, and the notes. A contradiction is refused; `serial_decode` answers other blocks by 1."""
     mode, spec = config.mode.name, config.spec
+    if mode == "kv_pressure":
+        if config.kv.pressure is None:
+            raise InputError("kv.pressure", "null", "a share of the working set in mode=kv_pressure: 0.25, 0.5, 0.75")
+        return spec, []
     if mode == "quality" and not config.quality.measure:
         raise InputError("quality.measure", "false", "true in mode=quality; mode=serial_decode is the one without")
     if mode in ("serial_decode", "quality"):

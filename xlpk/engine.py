@@ -17,15 +17,16 @@ from types import TracebackType
 from typing import IO, Any
 
 from xlpk import __version__, layout
-from xlpk.backend import Admitted, Backend, BackendReport, Event, Finished, StepDone, Token
+from xlpk.backend import Admitted, Backend, BackendReport, Event, Finished, Preempted, Resumed, StepDone, Token
+from xlpk.dtypes import ELEMENT_BYTES
 from xlpk.errors import BackendError
 from xlpk.hash_weights import Fill
 from xlpk.kv import KVPlan
 from xlpk.model import SHAPES, Model
-from xlpk.settings import AutoBackend, CpuBackend, HfBackend, Settings
+from xlpk.settings import AnyBackend, AutoBackend, CpuBackend, HfBackend, Settings
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Oracle, Proposer
 from xlpk.stopping import StopMatcher
-from xlpk.units import format_bytes
+from xlpk.units import format_bytes, free_memory
 from xlpk.workload import Request
 
 LOG_VERSION = 1
@@ -96,6 +97,9 @@ def make_backend(settings: Settings, spec: Proposer, acceptance: Acceptance) -> 
     extra: dict[str, Any] = {} if ours else {"progress": _show_upload}
     if settings.keep_logits:
         extra["debug_logits"] = True
+    if not isinstance(settings.backend, HfBackend):  # first come, first served there
+        scheduler = settings.scheduler
+        extra |= {name: getattr(scheduler, name) for name in ("max_waiting", "policy", "ageing_steps")}
     return choose.make(
         settings.backend,
         **extra,
@@ -122,6 +126,17 @@ def resolve_backend(settings: Settings) -> Settings:
 
     backend, note = choose.resolve(settings.backend, _cache(settings))
     return replace(settings, backend=backend, notes=(*settings.notes, note)) if note else settings
+
+
+def free_bytes(backend: AnyBackend, model: Model) -> int:
+    """Of the memory that the backend uses, what the model's weights leave: a KV budget may be a share of it."""
+    weights = model.config.parameters * ELEMENT_BYTES[model.weights.dtype]
+    ordinal = getattr(backend, "device", None)
+    if not isinstance(ordinal, int):
+        return max(0, free_memory() - weights)
+    from xlpk.backends.gpu_device import free_device_memory
+
+    return max(0, free_device_memory(ordinal) - weights)
 
 
 def hash_fill(settings: Settings) -> Fill | None:
@@ -224,6 +239,7 @@ def _warmup_request(settings: Settings, requests: list[Request]) -> Request | No
         target=(),
         ignore_eos=True,
         oracle=answers,
+        share_prefix=False,  # the measurement must not find its pages
     )
 
 
@@ -268,9 +284,13 @@ class _Session:
         while len(self.outcome.reasons) < len(requests):
             while n_sent < len(pending) and arrivals[n_sent] <= time.monotonic_ns():
                 sent_ns = time.monotonic_ns()
-                if not self.backend.submit(pending[n_sent]):
+                request = pending[n_sent]
+                if request.deadline_ms:  # it counts from the intended arrival; the loop's from when it sees the request
+                    left_ms = request.deadline_ms - (sent_ns - arrivals[n_sent]) / 1e6
+                    request = replace(request, deadline_ms=max(left_ms, 1e-3))
+                if not self.backend.submit(request):
                     break  # the ring is full: poll, then try again
-                self.log.add("submit", request_id=pending[n_sent].request_id, host_ns=sent_ns)
+                self.log.add("submit", request_id=request.request_id, host_ns=sent_ns)
                 n_sent += 1
             self.poll_or_sleep()
             self.log.tick()
@@ -326,6 +346,10 @@ class _Session:
                 return
             case Admitted():
                 name = "admitted"
+            case Preempted():
+                name = "preempted"
+            case Resumed():
+                name = "resumed"
             case Token():
                 name = "token"
                 if event.request_id != self.warmup_id:

@@ -54,7 +54,14 @@ class Log:
         self.counters: Record | None = None
         self.arrivals: dict[int, Record] = {}
         self.submits: dict[int, Record] = {}
+        self.admitted: dict[int, Record] = {}
         self.finished: dict[int, Record] = {}
+        self._by_request = {
+            "arrival": self.arrivals,
+            "submit": self.submits,
+            "admitted": self.admitted,
+            "finished": self.finished,
+        }
         self.tokens: dict[int, list[Record]] = defaultdict(list)
         self.steps: list[Record] = []
         self.power: list[Record] = []
@@ -87,8 +94,7 @@ class Log:
                 self.warmup_steps += 1
             else:
                 self.steps.append(event)
-        elif not warmup and kind in ("arrival", "submit", "finished"):
-            by_request = {"arrival": self.arrivals, "submit": self.submits, "finished": self.finished}[kind]
+        elif not warmup and (by_request := self._by_request.get(kind)) is not None:
             by_request[event["request_id"]] = event
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 
 CONSTANTS: dict[str, tuple[int, str]] = {
     "kLayoutVersion": (VERSION, "checked when a session opens"),
@@ -52,9 +52,11 @@ class Phase:
     name: str
     per: str
     doc: str
+    when: str = ""  # the field of Step that must not be 0; empty: always
 
 
 PHASES: tuple[Phase, ...] = (
+    Phase("move", "step", "pages to the swap space and back", "n_moves"),
     Phase("embed", "step", "token embedding; RoPE angles; clears the samplers' maxima"),
     Phase("qkv", "layer", "norm, Q K V projections, RoPE, K and V written to their pages"),
     Phase("attend", "layer", "attention partials, one a (row, KV head, span of 256 keys)"),
@@ -62,9 +64,15 @@ PHASES: tuple[Phase, ...] = (
     Phase("gate_up", "layer", "norm, gate and up projections, SiLU"),
     Phase("down", "layer", "down projection, residual"),
     Phase("lm_head", "step", "final norm, logits, keyed sampling as a running maximum"),
-    Phase("filter", "step", "rows with top-k, top-p, min-p or logprobs only: threshold, keyed maximum of what is kept"),
+    Phase(
+        "filter",
+        "step",
+        "rows with top-k, top-p, min-p or logprobs only: threshold, keyed maximum of what is kept",
+        "n_filter_rows",
+    ),
     Phase("control", "step", "one team: verify, commit, publish, admit, draft, plan the next step"),
 )
+OPTIONAL: dict[int, str] = {index: phase.when for index, phase in enumerate(PHASES) if phase.when}
 PHASE_NAMES: tuple[str, ...] = tuple(phase.name for phase in PHASES)
 
 
@@ -89,12 +97,16 @@ class SlotState(enum.IntEnum):
     FREE = 0
     PREFILL = 1
     DECODE = 2
+    WAITING = 3  # its tokens are here, it was never admitted
+    PREEMPTED = 4  # it ran; its pages were taken
 
 
 class EventKind(enum.IntEnum):
     ADMITTED = 0
     TOKEN = 1
     FINISHED = 2
+    PREEMPTED = 3
+    RESUMED = 4
 
 
 class FinishReason(enum.IntEnum):
@@ -105,6 +117,7 @@ class FinishReason(enum.IntEnum):
     CANCELLED = 4
     ERROR = 5
     TARGET = 6
+    DEADLINE = 7
 
 
 class Proposer(enum.IntEnum):
@@ -119,6 +132,22 @@ class Acceptance(enum.IntEnum):
     FORCED = 2
 
 
+class Policy(enum.IntEnum):
+    """Who is admitted first; see stages/queue.h."""
+
+    FCFS = 0
+    PRIORITY = 1
+    SHORTEST_PROMPT = 2
+
+
+class Eviction(enum.IntEnum):
+    """Which cached page goes first; see stages/pages.h."""
+
+    LRU = 0
+    FIFO = 1
+    SLRU = 2
+
+
 class AbortReason(enum.IntEnum):
     """Why the loop left before it was told to; the first reason written stays."""
 
@@ -131,6 +160,29 @@ class AbortReason(enum.IntEnum):
     NO_FREE_PAGE = 6
     CENSUS_TIMEOUT = 7
     HANG = 8
+
+
+class PlayFault(enum.IntEnum):
+    """Which check of kernels/play.cpp failed first."""
+
+    NONE = 0
+    TEXT = 1
+    PAGE_CONTENT = 2
+    TWO_ENDS = 3
+    NEVER_ENDED = 4
+    REFS = 5
+    FREE_PAGE = 6
+    CACHED_PAGE = 7
+    COUNTS = 8
+    LISTS = 9
+    BUCKETS = 10
+    ORDER = 11
+    ABORTED = 12
+    LEFT_OVER = 13
+    ADMISSION = 14
+    CACHED_HIT = 15
+    STUCK = 16
+    SWAP = 17
 
 
 class LeaveReason(enum.IntEnum):
@@ -151,8 +203,11 @@ ENUMS: tuple[type[enum.IntEnum], ...] = (
     FinishReason,
     Proposer,
     Acceptance,
+    Policy,
+    Eviction,
     AbortReason,
     LeaveReason,
+    PlayFault,
 )
 
 
@@ -271,6 +326,9 @@ SUBMISSION = Record(
         ("n_stop_ids", "i32", "0..kMaxStopIds"),
         *_SAMPLING,
         ("stop_ids", "i32[8]", "token ids that end the output; the token itself is part of it"),
+        ("deadline_ns", "u64", "time it has from when the loop sees it; 0: for ever"),
+        ("priority", "i32", "lower goes first, under Policy.PRIORITY"),
+        ("share", "i32", "1: it may use pages of others and leave its own to them"),
     ),
 )
 
@@ -288,7 +346,7 @@ EVENT = Record(
         ("n_drafts", "i32", "first TOKEN of a verification: drafts verified; else -1"),
         ("n_accepted", "i32", "likewise, accepted; the last token of an output is not counted"),
         ("n_logprobs", "i32", "TOKEN: -1, or Params.logprobs has an entry at the same place of the ring"),
-        ("reserved", "i32", "0"),
+        ("n_cached", "i32", "ADMITTED, RESUMED: tokens whose K and V were found in shared pages"),
     ),
 )
 
@@ -320,18 +378,28 @@ STEP_RECORD = Record(
         ("n_sample_rows", "i32", "rows that reached the LM head"),
         ("n_accepted", "i32", "drafts accepted"),
         ("n_tokens", "i32", "tokens emitted"),
-        ("n_waiting", "i32", "requests in the submission ring"),
+        ("n_waiting", "i32", "requests that were never admitted, in the rings or with a slot"),
+        ("n_preempted", "i32", "requests that had run and wait for pages"),
         ("n_prefill", "i32", "requests that had prefill rows in the step"),
         ("n_decode", "i32", "requests that had a decode row in the step"),
         ("n_finished", "i32", "requests that the step finished"),
-        ("pages_total", "i32", "conservation: free + active + draft = total"),
+        ("n_recomputed_rows", "i32", "prefill rows at positions that were stored before a preemption"),
+        ("n_preemptions", "i32", "while it was planned"),
+        ("n_moves", "i32", "pages copied to the swap space or back"),
+        ("n_evictions", "i32", "cached pages that were given new owners while it was planned"),
+        ("pages_total", "i32", "conservation: free + cached + active + draft = total"),
         ("pages_free", "i32", "while the step ran"),
+        ("pages_cached", "i32", "held by nobody, kept for their content"),
         ("pages_active", "i32", "hold or will hold committed tokens"),
         ("pages_draft", "i32", "hold unverified tokens only"),
-        ("pages_locked", "i32", "part of active that belongs to requests with rows in the step"),
+        ("pages_locked", "i32", "part of active without the pages that only requests with no row in the step hold"),
         ("context_tokens", "i32", "tokens whose K and V the step had to read, once a request, its own rows included"),
-        ("live_tokens", "i32", "committed tokens whose K and V are stored, after the step"),
-        ("live_pages", "i32", "pages that hold them, after the step"),
+        (
+            "live_tokens",
+            "i32",
+            "committed tokens of running requests whose K and V are stored, after the step; shared ones once",
+        ),
+        ("live_pages", "i32", "pages that hold them, after the step; shared ones once"),
         ("phase_ns", f"u64[{len(PHASES)}]", "device time a phase took, barrier included, summed over layers"),
     ),
 )
@@ -361,6 +429,7 @@ STEP = Record(
         ("n_draft_rows", "i32", ""),
         ("n_prefill", "i32", "requests"),
         ("n_decode", "i32", "requests"),
+        ("n_moves", "i32", "of Params.moves; 0: the move phase is left out"),
         ("leave", "i32", "LeaveReason; not NONE: the loop leaves instead of running a step"),
         ("n_page_patches", "i32", "launched from the host: changes of the page table, the first of Params.patches"),
         ("n_count_patches", "i32", "launched from the host: changes of Params.counts, behind them"),
@@ -373,6 +442,11 @@ SLOT = Record(
     (
         ("request_id", "u64", ""),
         ("seed", "u64", ""),
+        ("rank", "i64", "its place among requests: the smallest goes first and is preempted last"),
+        ("number", "u64", "running index of its submission; settles equal ranks"),
+        ("deadline_ns", "u64", "device clock at which it ends; 0: never"),
+        ("content", "u64", "Page.content of the last of its addressable pages; 0: none"),
+        ("hash", "u64", "Page.hash of the same page"),
         ("state", "i32", "SlotState"),
         ("prompt_len", "i32", "tokens"),
         ("length", "i32", "tokens known: prompt and committed output"),
@@ -387,7 +461,11 @@ SLOT = Record(
         ("stop_ids", "i32[8]", ""),
         ("oracle_len", "i32", "valid entries of Params.oracle[slot]"),
         ("n_pages", "i32", "entries of Params.page_table[slot]"),
-        ("reserved_pages", "i32", "pages it may come to need: promised at admission, so that it can always go on"),
+        ("n_addressable", "i32", "its first pages, which others can find"),
+        ("share", "i32", "1: it may use pages of others and leave its own to them"),
+        ("n_stored", "i32", "tokens that were stored when it was preempted last: rows below are recomputation"),
+        ("n_swapped", "i32", "entries of Params.swap_table[slot]"),
+        ("swapped_tokens", "i32", "tokens that they hold"),
         ("row_begin", "i32", "its rows in the step"),
         ("row_count", "i32", "0: none in this step"),
         ("n_drafts", "i32", "drafts among them, behind the decode row"),
@@ -398,19 +476,71 @@ SLOT = Record(
     ),
 )
 
+PAGE = Record(
+    "Page",
+    "What the planner knows of a KV page: FREE (on the stack) -> ACTIVE (refs > 0) -> CACHED (refs 0, addressable).",
+    (
+        ("hash", "u64", "of its tokens and of all before them"),
+        ("content", "u64", "number of that sequence of tokens, of no other one; 0: not addressable"),
+        ("parent", "u64", "content of the page before it; 0: it is the first"),
+        ("refs", "i32", "page tables that hold it"),
+        ("bucket_next", "i32", "next page with its bucket; -1: none"),
+        ("older", "i32", "neighbour on its eviction list; -1: none"),
+        ("newer", "i32", "likewise"),
+        ("list", "i32", "eviction list; -1: on none"),
+        ("hits", "i32", "times it was found"),
+    ),
+)
+
+QUEUE_ENTRY = Record(
+    "QueueEntry",
+    "A request that waits to be admitted or resumed, in a binary heap by (rank, number).",
+    (
+        ("rank", "i64", "as Slot.rank"),
+        ("number", "u64", "as Slot.number; its submission lies there in Params.queue"),
+        ("slot", "i32", "that holds its tokens; -1: they are in the prompt ring"),
+    ),
+)
+
+MOVE = Record(
+    "Move",
+    "A page to copy between the pool and the swap space.",
+    (
+        ("page", "i32", ""),
+        ("swap_page", "i32", ""),
+        ("slot", "i32", "whose it is"),
+        ("out", "i32", "1: to the swap space; 0: back"),
+    ),
+)
+
 LOOP_STATE = Record(
     "LoopState",
     "Scalars of the control plane; only the controlling team touches them.",
     (
         ("n_steps", "u64", "steps planned so far"),
-        ("prompt_head", "u64", "prompt ring: next token to take"),
-        ("submit_head", "u64", "next submission to look at"),
+        ("prompt_head", "u64", "prompt ring: first token that is still needed"),
+        ("submit_head", "u64", "oldest submission whose place in the ring is still needed"),
+        ("submit_seen", "u64", "next submission to look at"),
+        ("submit_tail", "u64", "submissions written, as this round of control saw it"),
         ("cancel_head", "u64", "next cancellation to look at"),
         ("event_tail", "u64", "events written, published at the end of control"),
         ("step_tail", "u64", "step records written"),
+        ("next_deadline_ns", "u64", "no request ends before by its deadline; 0: none has one"),
+        ("n_contents", "u64", "contents that pages have had"),
         ("n_free_pages", "i32", "entries of Params.free_pages; set by the host to all"),
-        ("n_reserved_pages", "i32", "sum of Slot.reserved_pages"),
-        ("n_order", "i32", "running requests: entries of Params.order, oldest first"),
+        ("n_cached_pages", "i32", "addressable pages that nobody holds"),
+        ("n_active_pages", "i32", "pages that somebody holds"),
+        ("n_refs", "i32", "sum of Page.refs"),
+        ("oldest", "i32[2]", "of an eviction list: next to go; -1: empty"),
+        ("newest", "i32[2]", ""),
+        ("n_listed", "i32[2]", "pages on an eviction list"),
+        ("n_order", "i32", "running requests: entries of Params.order, by rank"),
+        ("n_queued", "i32", "entries of Params.heap"),
+        ("n_preempted", "i32", "slots in the state PREEMPTED"),
+        ("n_free_swap", "i32", "entries of Params.swap_free; set by the host to all"),
+        ("n_moves", "i32", "of Params.moves, for the next step"),
+        ("n_preemptions", "i32", "since the last record"),
+        ("n_evictions", "i32", "since the last record"),
         ("admitted_slot", "i32", "slot whose tokens the team copies; -1: none"),
         ("draft_rows", "i32", "rows that drafts of the next step may take; -1: no step can be planned now"),
         ("phase_ticks", f"u64[{len(PHASES)}]", "of the step in flight, by clock_ticks of who ran the phase"),
@@ -478,7 +608,7 @@ MAILBOX = Record(
         ("pong_ns", "u64", "device: its clock, answering `ping`"),
         ("pong", "u64", "device: the `ping` that was answered"),
         ("leave", "u32", "device: LeaveReason of the launch that ended last"),
-        ("running", "u32", "device: requests with a slot"),
+        ("running", "u32", "device: requests that it has seen and not ended"),
         ("device_pad", "u8[40]", ""),
     ),
 )
@@ -529,7 +659,9 @@ PARAMS = Record(
         ("submissions", "Submission*", "[submission_capacity]"),
         ("prompts", "int32_t*", "[prompt_capacity]"),
         ("cancels", "uint64_t*", "request ids, [submission_capacity]"),
-        ("cancelled", "uint8_t*", "device's marks on waiting submissions, [submission_capacity]"),
+        ("queue", "Submission*", "the device's copy of what it has seen, [submission_capacity]"),
+        ("gone", "uint8_t*", "1: nothing of the submission in the rings is needed any more; [submission_capacity]"),
+        ("heap", "QueueEntry*", "requests that wait, [submission_capacity + max_slots]"),
         ("events", "Event*", "[event_capacity]"),
         ("logprobs", "Logprobs*", "beside `events`, of TOKEN events whose request asks for them; [event_capacity]"),
         ("step_records", "StepRecord*", "[step_capacity]"),
@@ -539,12 +671,22 @@ PARAMS = Record(
         ("rows", "Row*", "[max_rows]"),
         ("sample_rows", "int32_t*", "row of each sampled row, [max_rows]"),
         ("slots", "Slot*", "[max_slots]"),
-        ("order", "int32_t*", "running slots, oldest admission first, [max_slots]"),
+        ("order", "int32_t*", "running slots by rank, [max_running]"),
         ("tokens", "int32_t*", "[max_slots, max_len]"),
         ("oracle", "int32_t*", "right output tokens, [max_slots, max_len]"),
         ("page_table", "int32_t*", "[max_slots, max_slot_pages]"),
         ("free_pages", "int32_t*", "a stack, [n_pages]"),
-        ("page_owner", "int32_t*", "slot, or -1: free; [n_pages]"),
+        ("pages", "Page*", "[n_pages]"),
+        ("page_tokens", "int32_t*", "tokens of addressable pages, [n_pages, page_size]"),
+        (
+            "swap",
+            "void*",
+            "in the host's memory, [n_swap_pages, layers, 2, num_key_value_heads, page_size, head_stride]",
+        ),
+        ("swap_free", "int32_t*", "a stack, [n_swap_pages]"),
+        ("swap_table", "int32_t*", "[max_slots, max_slot_pages]; null: there is no swap space"),
+        ("moves", "Move*", "[n_pages + n_swap_pages]; null: likewise"),
+        ("buckets", "int32_t*", "first page of a bucket, -1: none; [n_buckets]"),
         ("flight", "FlightEntry*", "null, or the flight recorder, [teams, kFlightEntries]"),
         ("patches", "Patch*", "launched from the host: changes of the page table, then of the counts"),
         ("spin_deadline_ns", "u64", "a wait that lasts longer aborts the loop"),
@@ -554,11 +696,14 @@ PARAMS = Record(
         ("heartbeat_ns", "u64", "a launch leaves when the host's heartbeat stood still for this long; 0: never"),
         ("version", "i32", "kLayoutVersion"),
         ("max_rows", "i32", "rows of a step at most"),
-        ("max_slots", "i32", "requests that run at once"),
+        ("max_running", "i32", "requests that run at once"),
+        ("max_slots", "i32", "requests that run or wait with their tokens on the device"),
         ("max_len", "i32", "tokens of a sequence at most"),
         ("max_spans", "i32", "ceil(max_len / kAttentionSpan)"),
         ("max_slot_pages", "i32", "ceil(max_len / page_size)"),
         ("n_pages", "i32", ""),
+        ("n_buckets", "i32", "power of two"),
+        ("n_swap_pages", "i32", "0: preempted requests are computed again"),
         ("n_eos_ids", "i32", ""),
         ("scratch_floats", "i32", "floats of scratch a team has"),
         ("submission_capacity", "i32", "power of two"),
@@ -567,12 +712,62 @@ PARAMS = Record(
         ("step_capacity", "i32", "power of two"),
         ("prefill_chunk", "i32", "prompt tokens of one request in one step at most"),
         ("block", "i32", "most tokens a verification may emit: drafts + 1"),
+        ("policy", "i32", "Policy"),
+        ("ageing_steps", "i32", "steps of waiting that are worth one level of priority"),
+        ("eviction", "i32", "Eviction"),
+        ("prefix_sharing", "i32", "1: pages are addressable by their content"),
         ("proposer", "i32", "Proposer"),
         ("acceptance", "i32", "Acceptance"),
         ("ngram_min", "i32", "shortest suffix that is looked up"),
         ("ngram_max", "i32", "longest suffix that is looked up"),
         ("mismatch_stride", "i32", "oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never"),
         ("forced_stride", "i32", "forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0"),
+    ),
+)
+
+PLAY_RULES = Record(
+    "PlayRules",
+    "What kernels/play.cpp plays with the control plane alone; all of it drawn from `seed`.",
+    (
+        ("seed", "u64", ""),
+        ("max_requests", "u64", ""),
+        ("max_events", "u64", "events after which it ends"),
+        ("mean_prompt", "i32", "tokens, geometric"),
+        ("mean_output", "i32", "likewise"),
+        ("prefixes", "i32", "half of the prompts begin with one of these"),
+        ("prefix_tokens", "i32", ""),
+        ("arrivals_per_step", "i32", ""),
+        ("cancel_one_in", "i32", "steps between cancellations; 0: none, here and below"),
+        ("deadline_one_in", "i32", "requests to one with a deadline"),
+        ("private_one_in", "i32", "requests to one that shares nothing"),
+        ("away_one_in", "i32", "rounds to one in which the host does not look at the rings"),
+        ("priorities", "i32", "levels, uniform"),
+        ("recount_every", "i32", "events between full recounts; 0: none, and texts are not checked either"),
+    ),
+)
+
+PLAY_RESULT = Record(
+    "PlayResult",
+    "What came of it.",
+    (
+        ("events", "u64", ""),
+        ("steps", "u64", ""),
+        ("rows", "u64", ""),
+        ("requests", "u64", "submitted"),
+        ("finished", "u64", "by length"),
+        ("cancelled", "u64", ""),
+        ("late", "u64", "ended by a deadline"),
+        ("preemptions", "u64", ""),
+        ("evictions", "u64", ""),
+        ("recomputed_rows", "u64", ""),
+        ("moves", "u64", "pages copied"),
+        ("prompt_tokens", "u64", ""),
+        ("cached_tokens", "u64", "of them, found in shared pages"),
+        ("drafts", "u64", "verified"),
+        ("accepted", "u64", ""),
+        ("control_ns", "u64", "time in control"),
+        ("fault", "i32", "PlayFault; 0: every check held"),
+        ("detail", "i32", ""),
     ),
 )
 
@@ -586,12 +781,17 @@ RECORDS: tuple[Record, ...] = (
     ROW,
     STEP,
     SLOT,
+    PAGE,
+    QUEUE_ENTRY,
+    MOVE,
     LOOP_STATE,
     PATCH,
     FLIGHT_ENTRY,
     MAILBOX,
     GRID_STATE,
     PARAMS,
+    PLAY_RULES,
+    PLAY_RESULT,
 )
 
 

@@ -22,7 +22,7 @@ Metrics = dict[str, float | int | None]
 
 MIN_P99 = 1000  # samples
 COUNTERS = ("launches", "syncs", "h2d_copies", "d2h_copies", "h2d_bytes", "d2h_bytes")
-FAILED_REASONS = ("error", "cancelled")
+FAILED_REASONS = ("error", "cancelled", "deadline")
 MAX_POINTS = 250  # of a time series
 
 
@@ -62,12 +62,14 @@ def series(events: Iterable[Record]) -> dict[str, list[tuple[int, int, float]]]:
             "loop/rows": step["n_rows"],
             "loop/tokens": step["n_tokens"],
             "requests/waiting": step["n_waiting"],
+            "requests/preempted": step.get("n_preempted", 0),
             "requests/prefill": step["n_prefill"],
             "requests/decode": step["n_decode"],
             "requests/finished": int(finished[index]),
             "kv/active_bytes": step["pages_active"] * log.page_bytes,
             "kv/locked_bytes": step["pages_locked"] * log.page_bytes,
             "kv/draft_bytes": step["pages_draft"] * log.page_bytes,
+            "kv/cached_bytes": step.get("pages_cached", 0) * log.page_bytes,
             "kv/usage": _usage(step),
         }
         for key, value in values.items():
@@ -87,8 +89,8 @@ def _requests(log: Log) -> Metrics:
     }
     for reason, count in sorted(reasons.items()):
         out[f"requests/finished_{reason}"] = count
-    for name in ("waiting", "prefill", "decode"):
-        values = [step[f"n_{name}"] for step in log.steps]
+    for name in ("waiting", "prefill", "decode", "preempted"):
+        values = [step.get(f"n_{name}", 0) for step in log.steps]
         if values:
             out[f"requests/{name}.mean"] = float(np.mean(values))
             out[f"requests/{name}.peak"] = max(values)
@@ -229,7 +231,7 @@ def _usage(step: Record) -> float:
 
 def _kv(log: Log) -> Metrics:
     """Each sampled in every step: mean, p99 and peak. External fragmentation is 0 by construction: pages are equal."""
-    out: Metrics = {}
+    out = _sharing(log)
     if not log.steps:
         return out
     page_size = log.header["kv"]["page_size"]
@@ -237,6 +239,7 @@ def _kv(log: Log) -> Metrics:
         "kv/active_bytes": [step["pages_active"] * log.page_bytes for step in log.steps],
         "kv/locked_bytes": [step["pages_locked"] * log.page_bytes for step in log.steps],
         "kv/draft_bytes": [step["pages_draft"] * log.page_bytes for step in log.steps],
+        "kv/cached_bytes": [step.get("pages_cached", 0) * log.page_bytes for step in log.steps],
         "kv/usage": [_usage(step) for step in log.steps],
         "kv/fragmentation": [
             1 - step["live_tokens"] / (step["live_pages"] * page_size) for step in log.steps if step["live_pages"]
@@ -247,6 +250,25 @@ def _kv(log: Log) -> Metrics:
             out[f"{key}.mean"] = float(np.mean(values))
             out[f"{key}.p99"] = percentile(values, 99)
             out[f"{key}.peak"] = max(values)
+    for key, name, size in (
+        ("kv/evictions", "n_evictions", 1),
+        ("kv/preemptions", "n_preemptions", 1),
+        ("kv/recomputed_tokens", "n_recomputed_rows", 1),
+        ("kv/moved_bytes", "n_moves", log.page_bytes),
+    ):
+        out[key] = size * sum(step.get(name, 0) for step in log.steps)
+    return out
+
+
+def _sharing(log: Log) -> Metrics:
+    """Over requests that were admitted; what is computed again after a preemption does not count."""
+    if not log.header.get("kv", {}).get("prefix_sharing"):
+        return {}
+    asked = sum(log.arrivals[request_id]["prompt_tokens"] for request_id in log.admitted if request_id in log.arrivals)
+    found = sum(event.get("n_cached", 0) for event in log.admitted.values())
+    out: Metrics = {"kv/prefix_tokens": asked, "kv/prefix_hit_tokens": found}
+    if asked:
+        out["kv/hit_rate"] = found / asked
     return out
 
 

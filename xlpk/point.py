@@ -221,8 +221,12 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | No
     if model.path is not None:
         model.weights.check_finite()
     settings = settings.for_model(model.generation)
-    plan = KVPlan.make(settings.kv, model.config, settings.stored_dtype(model.weights.dtype), _max_len(settings, model))
+    dtype, max_len = settings.stored_dtype(model.weights.dtype), _max_len(settings, model)
+    plan = KVPlan.make(settings.kv, model.config, dtype, max_len, lambda: engine.free_bytes(settings.backend, model))
     requests, notes = make_requests(settings.workload, settings.sampling, model, plan)
+    if settings.kv.pressure is not None:
+        lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
+        plan = plan.under_pressure(lengths, settings.scheduler.max_num_seqs, settings.kv.pressure)
     for note in (*settings.notes, *notes):
         complain(note)
 

@@ -145,7 +145,7 @@ def measure(
 
 def teacher_forced(backend: Any, request_id: int, tokens: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Logits [n, vocab] after each of `tokens`, of an open backend that keeps them."""
-    request = Request(request_id, tokens, 1, ignore_eos=True)
+    request = Request(request_id, tokens, 1, ignore_eos=True, share_prefix=False)
     while not backend.submit(request):
         time.sleep(POLL_S)
     while True:

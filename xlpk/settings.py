@@ -17,7 +17,7 @@ from xlpk.slo import Slo
 from xlpk.speculation import Acceptance, Forced, Ngram, NoSpec, Proposer
 from xlpk.workload import Sampling, Workload
 
-MODES = ("serial_decode", "speculative_decode", "forced_rejection", "quality")
+MODES = ("serial_decode", "speculative_decode", "forced_rejection", "kv_pressure", "quality")
 ORCHESTRATIONS = ("persistent", "launched")
 WEIGHT_LAYOUTS = tuple(item.name.lower() for item in layout.WeightLayout)
 
@@ -189,6 +189,9 @@ class Scheduler:
     max_num_seqs: int = 16  # requests that run at once
     max_step_rows: int = 64  # rows of a step
     prefill_chunk: int = 32  # prompt tokens of one request in one step
+    max_waiting: int = 256  # requests that the loop holds back; more wait at the host, which sees the ring full
+    policy: str = "fcfs"  # who is admitted first: fcfs, priority (the lowest number) or shortest_prompt
+    ageing_steps: int = 64  # steps of waiting that are worth one level of priority, or 16 prompt tokens
 
 
 @dataclass

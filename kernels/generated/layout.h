@@ -15,7 +15,7 @@ struct f16 {
   uint16_t bits;
 };
 
-constexpr int kLayoutVersion = 1;  // checked when a session opens
+constexpr int kLayoutVersion = 2;  // checked when a session opens
 constexpr int kVirtualLanes = 32;  // every reduction runs over this many lanes and one fixed tree, whatever the team
 constexpr int kAttentionSpan = 256;  // keys an attention partial covers; absolute positions; the page size divides it
 constexpr int kMaxBlock = 16;  // most tokens one verify step may emit: 15 drafts and the bonus token
@@ -32,29 +32,33 @@ constexpr int kWeightTileColumns = 256;  // columns of a tile of weights
 
 enum class WeightType : int32_t { kBf16 = 0, kFp32 = 1, kFp16 = 2 };
 enum class WeightLayout : int32_t { kRows = 0, kTiles = 1 };
-enum class SlotState : int32_t { kFree = 0, kPrefill = 1, kDecode = 2 };
-enum class EventKind : int32_t { kAdmitted = 0, kToken = 1, kFinished = 2 };
-enum class FinishReason : int32_t { kNone = 0, kEos = 1, kStop = 2, kLength = 3, kCancelled = 4, kError = 5, kTarget = 6 };
+enum class SlotState : int32_t { kFree = 0, kPrefill = 1, kDecode = 2, kWaiting = 3, kPreempted = 4 };
+enum class EventKind : int32_t { kAdmitted = 0, kToken = 1, kFinished = 2, kPreempted = 3, kResumed = 4 };
+enum class FinishReason : int32_t { kNone = 0, kEos = 1, kStop = 2, kLength = 3, kCancelled = 4, kError = 5, kTarget = 6, kDeadline = 7 };
 enum class Proposer : int32_t { kNone = 0, kNgram = 1, kOracle = 2 };
 enum class Acceptance : int32_t { kKeyed = 0, kGreedy = 1, kForced = 2 };
+enum class Policy : int32_t { kFcfs = 0, kPriority = 1, kShortestPrompt = 2 };
+enum class Eviction : int32_t { kLru = 0, kFifo = 1, kSlru = 2 };
 enum class AbortReason : int32_t { kNone = 0, kHost = 1, kBarrierTimeout = 2, kPageDoubleAllocation = 3, kPageDoubleFree = 4, kPageConservation = 5, kNoFreePage = 6, kCensusTimeout = 7, kHang = 8 };
 enum class LeaveReason : int32_t { kNone = 0, kStop = 1, kLease = 2, kIdle = 3, kHeartbeat = 4 };
+enum class PlayFault : int32_t { kNone = 0, kText = 1, kPageContent = 2, kTwoEnds = 3, kNeverEnded = 4, kRefs = 5, kFreePage = 6, kCachedPage = 7, kCounts = 8, kLists = 9, kBuckets = 10, kOrder = 11, kAborted = 12, kLeftOver = 13, kAdmission = 14, kCachedHit = 15, kStuck = 16, kSwap = 17 };
 
 enum class Phase : int32_t {
-  kEmbed = 0,  // token embedding; RoPE angles; clears the samplers' maxima
-  kQkv = 1,  // norm, Q K V projections, RoPE, K and V written to their pages
-  kAttend = 2,  // attention partials, one a (row, KV head, span of 256 keys)
-  kOutput = 3,  // merge of the partials, O projection, residual
-  kGateUp = 4,  // norm, gate and up projections, SiLU
-  kDown = 5,  // down projection, residual
-  kLmHead = 6,  // final norm, logits, keyed sampling as a running maximum
-  kFilter = 7,  // rows with top-k, top-p, min-p or logprobs only: threshold, keyed maximum of what is kept
-  kControl = 8,  // one team: verify, commit, publish, admit, draft, plan the next step
+  kMove = 0,  // pages to the swap space and back
+  kEmbed = 1,  // token embedding; RoPE angles; clears the samplers' maxima
+  kQkv = 2,  // norm, Q K V projections, RoPE, K and V written to their pages
+  kAttend = 3,  // attention partials, one a (row, KV head, span of 256 keys)
+  kOutput = 4,  // merge of the partials, O projection, residual
+  kGateUp = 5,  // norm, gate and up projections, SiLU
+  kDown = 6,  // down projection, residual
+  kLmHead = 7,  // final norm, logits, keyed sampling as a running maximum
+  kFilter = 8,  // rows with top-k, top-p, min-p or logprobs only: threshold, keyed maximum of what is kept
+  kControl = 9,  // one team: verify, commit, publish, admit, draft, plan the next step
 };
-constexpr int kPhases = 9;
-#define XL_FORWARD_PHASES(X) X(embed, kEmbed) X(qkv, kQkv) X(attend, kAttend) X(output, kOutput) X(gate_up, kGateUp) X(down, kDown) X(lm_head, kLmHead) X(filter, kFilter)
-constexpr int kFirstLayerPhase = 1;
-constexpr int kLastLayerPhase = 5;
+constexpr int kPhases = 10;
+#define XL_FORWARD_PHASES(X) X(move, kMove) X(embed, kEmbed) X(qkv, kQkv) X(attend, kAttend) X(output, kOutput) X(gate_up, kGateUp) X(down, kDown) X(lm_head, kLmHead) X(filter, kFilter)
+constexpr int kFirstLayerPhase = 2;
+constexpr int kLastLayerPhase = 6;
 
 // The model's dimensions, under their Hugging Face names; on the GPU, compile-time constants of the same names.
 struct Dims {
@@ -140,8 +144,11 @@ struct Submission {
   int32_t n_target;  // 0..kMaxTarget; 0: none
   int32_t target[16];  // token ids; the request ends when its output ends with them
   int32_t stop_ids[8];  // token ids that end the output; the token itself is part of it
+  uint64_t deadline_ns;  // time it has from when the loop sees it; 0: for ever
+  int32_t priority;  // lower goes first, under Policy.PRIORITY
+  int32_t share;  // 1: it may use pages of others and leave its own to them
 };
-static_assert(sizeof(Submission) == 184, "Submission");
+static_assert(sizeof(Submission) == 200, "Submission");
 static_assert(offsetof(Submission, request_id) == 0, "Submission.request_id");
 static_assert(offsetof(Submission, prompt_begin) == 8, "Submission.prompt_begin");
 static_assert(offsetof(Submission, seed) == 16, "Submission.seed");
@@ -162,6 +169,9 @@ static_assert(offsetof(Submission, n_bias) == 76, "Submission.n_bias");
 static_assert(offsetof(Submission, n_target) == 80, "Submission.n_target");
 static_assert(offsetof(Submission, target) == 84, "Submission.target");
 static_assert(offsetof(Submission, stop_ids) == 148, "Submission.stop_ids");
+static_assert(offsetof(Submission, deadline_ns) == 184, "Submission.deadline_ns");
+static_assert(offsetof(Submission, priority) == 192, "Submission.priority");
+static_assert(offsetof(Submission, share) == 196, "Submission.share");
 
 // What the device publishes about a request, in order, in the event ring.
 struct Event {
@@ -175,7 +185,7 @@ struct Event {
   int32_t n_drafts;  // first TOKEN of a verification: drafts verified; else -1
   int32_t n_accepted;  // likewise, accepted; the last token of an output is not counted
   int32_t n_logprobs;  // TOKEN: -1, or Params.logprobs has an entry at the same place of the ring
-  int32_t reserved;  // 0
+  int32_t n_cached;  // ADMITTED, RESUMED: tokens whose K and V were found in shared pages
 };
 static_assert(sizeof(Event) == 56, "Event");
 static_assert(offsetof(Event, request_id) == 0, "Event.request_id");
@@ -188,7 +198,7 @@ static_assert(offsetof(Event, reason) == 36, "Event.reason");
 static_assert(offsetof(Event, n_drafts) == 40, "Event.n_drafts");
 static_assert(offsetof(Event, n_accepted) == 44, "Event.n_accepted");
 static_assert(offsetof(Event, n_logprobs) == 48, "Event.n_logprobs");
-static_assert(offsetof(Event, reserved) == 52, "Event.reserved");
+static_assert(offsetof(Event, n_cached) == 52, "Event.n_cached");
 
 // Log-probabilities of the model's own logits at one position, before bias, penalties and temperature.
 struct Logprobs {
@@ -221,21 +231,27 @@ struct StepRecord {
   int32_t n_sample_rows;  // rows that reached the LM head
   int32_t n_accepted;  // drafts accepted
   int32_t n_tokens;  // tokens emitted
-  int32_t n_waiting;  // requests in the submission ring
+  int32_t n_waiting;  // requests that were never admitted, in the rings or with a slot
+  int32_t n_preempted;  // requests that had run and wait for pages
   int32_t n_prefill;  // requests that had prefill rows in the step
   int32_t n_decode;  // requests that had a decode row in the step
   int32_t n_finished;  // requests that the step finished
-  int32_t pages_total;  // conservation: free + active + draft = total
+  int32_t n_recomputed_rows;  // prefill rows at positions that were stored before a preemption
+  int32_t n_preemptions;  // while it was planned
+  int32_t n_moves;  // pages copied to the swap space or back
+  int32_t n_evictions;  // cached pages that were given new owners while it was planned
+  int32_t pages_total;  // conservation: free + cached + active + draft = total
   int32_t pages_free;  // while the step ran
+  int32_t pages_cached;  // held by nobody, kept for their content
   int32_t pages_active;  // hold or will hold committed tokens
   int32_t pages_draft;  // hold unverified tokens only
-  int32_t pages_locked;  // part of active that belongs to requests with rows in the step
+  int32_t pages_locked;  // part of active without the pages that only requests with no row in the step hold
   int32_t context_tokens;  // tokens whose K and V the step had to read, once a request, its own rows included
-  int32_t live_tokens;  // committed tokens whose K and V are stored, after the step
-  int32_t live_pages;  // pages that hold them, after the step
-  uint64_t phase_ns[9];  // device time a phase took, barrier included, summed over layers
+  int32_t live_tokens;  // committed tokens of running requests whose K and V are stored, after the step; shared ones once
+  int32_t live_pages;  // pages that hold them, after the step; shared ones once
+  uint64_t phase_ns[10];  // device time a phase took, barrier included, summed over layers
 };
-static_assert(sizeof(StepRecord) == 176, "StepRecord");
+static_assert(sizeof(StepRecord) == 208, "StepRecord");
 static_assert(offsetof(StepRecord, step) == 0, "StepRecord.step");
 static_assert(offsetof(StepRecord, begin_ns) == 8, "StepRecord.begin_ns");
 static_assert(offsetof(StepRecord, end_ns) == 16, "StepRecord.end_ns");
@@ -247,18 +263,24 @@ static_assert(offsetof(StepRecord, n_sample_rows) == 40, "StepRecord.n_sample_ro
 static_assert(offsetof(StepRecord, n_accepted) == 44, "StepRecord.n_accepted");
 static_assert(offsetof(StepRecord, n_tokens) == 48, "StepRecord.n_tokens");
 static_assert(offsetof(StepRecord, n_waiting) == 52, "StepRecord.n_waiting");
-static_assert(offsetof(StepRecord, n_prefill) == 56, "StepRecord.n_prefill");
-static_assert(offsetof(StepRecord, n_decode) == 60, "StepRecord.n_decode");
-static_assert(offsetof(StepRecord, n_finished) == 64, "StepRecord.n_finished");
-static_assert(offsetof(StepRecord, pages_total) == 68, "StepRecord.pages_total");
-static_assert(offsetof(StepRecord, pages_free) == 72, "StepRecord.pages_free");
-static_assert(offsetof(StepRecord, pages_active) == 76, "StepRecord.pages_active");
-static_assert(offsetof(StepRecord, pages_draft) == 80, "StepRecord.pages_draft");
-static_assert(offsetof(StepRecord, pages_locked) == 84, "StepRecord.pages_locked");
-static_assert(offsetof(StepRecord, context_tokens) == 88, "StepRecord.context_tokens");
-static_assert(offsetof(StepRecord, live_tokens) == 92, "StepRecord.live_tokens");
-static_assert(offsetof(StepRecord, live_pages) == 96, "StepRecord.live_pages");
-static_assert(offsetof(StepRecord, phase_ns) == 104, "StepRecord.phase_ns");
+static_assert(offsetof(StepRecord, n_preempted) == 56, "StepRecord.n_preempted");
+static_assert(offsetof(StepRecord, n_prefill) == 60, "StepRecord.n_prefill");
+static_assert(offsetof(StepRecord, n_decode) == 64, "StepRecord.n_decode");
+static_assert(offsetof(StepRecord, n_finished) == 68, "StepRecord.n_finished");
+static_assert(offsetof(StepRecord, n_recomputed_rows) == 72, "StepRecord.n_recomputed_rows");
+static_assert(offsetof(StepRecord, n_preemptions) == 76, "StepRecord.n_preemptions");
+static_assert(offsetof(StepRecord, n_moves) == 80, "StepRecord.n_moves");
+static_assert(offsetof(StepRecord, n_evictions) == 84, "StepRecord.n_evictions");
+static_assert(offsetof(StepRecord, pages_total) == 88, "StepRecord.pages_total");
+static_assert(offsetof(StepRecord, pages_free) == 92, "StepRecord.pages_free");
+static_assert(offsetof(StepRecord, pages_cached) == 96, "StepRecord.pages_cached");
+static_assert(offsetof(StepRecord, pages_active) == 100, "StepRecord.pages_active");
+static_assert(offsetof(StepRecord, pages_draft) == 104, "StepRecord.pages_draft");
+static_assert(offsetof(StepRecord, pages_locked) == 108, "StepRecord.pages_locked");
+static_assert(offsetof(StepRecord, context_tokens) == 112, "StepRecord.context_tokens");
+static_assert(offsetof(StepRecord, live_tokens) == 116, "StepRecord.live_tokens");
+static_assert(offsetof(StepRecord, live_pages) == 120, "StepRecord.live_pages");
+static_assert(offsetof(StepRecord, phase_ns) == 128, "StepRecord.phase_ns");
 
 // One token of the ragged step.
 struct Row {
@@ -285,6 +307,7 @@ struct Step {
   int32_t n_draft_rows;
   int32_t n_prefill;  // requests
   int32_t n_decode;  // requests
+  int32_t n_moves;  // of Params.moves; 0: the move phase is left out
   int32_t leave;  // LeaveReason; not NONE: the loop leaves instead of running a step
   int32_t n_page_patches;  // launched from the host: changes of the page table, the first of Params.patches
   int32_t n_count_patches;  // launched from the host: changes of Params.counts, behind them
@@ -300,14 +323,20 @@ static_assert(offsetof(Step, n_decode_rows) == 32, "Step.n_decode_rows");
 static_assert(offsetof(Step, n_draft_rows) == 36, "Step.n_draft_rows");
 static_assert(offsetof(Step, n_prefill) == 40, "Step.n_prefill");
 static_assert(offsetof(Step, n_decode) == 44, "Step.n_decode");
-static_assert(offsetof(Step, leave) == 48, "Step.leave");
-static_assert(offsetof(Step, n_page_patches) == 52, "Step.n_page_patches");
-static_assert(offsetof(Step, n_count_patches) == 56, "Step.n_count_patches");
+static_assert(offsetof(Step, n_moves) == 48, "Step.n_moves");
+static_assert(offsetof(Step, leave) == 52, "Step.leave");
+static_assert(offsetof(Step, n_page_patches) == 56, "Step.n_page_patches");
+static_assert(offsetof(Step, n_count_patches) == 60, "Step.n_count_patches");
 
 // The device's state of one running request. Its tokens are Params.tokens[slot], prompt then output.
 struct Slot {
   uint64_t request_id;
   uint64_t seed;
+  int64_t rank;  // its place among requests: the smallest goes first and is preempted last
+  uint64_t number;  // running index of its submission; settles equal ranks
+  uint64_t deadline_ns;  // device clock at which it ends; 0: never
+  uint64_t content;  // Page.content of the last of its addressable pages; 0: none
+  uint64_t hash;  // Page.hash of the same page
   int32_t state;  // SlotState
   int32_t prompt_len;  // tokens
   int32_t length;  // tokens known: prompt and committed output
@@ -332,7 +361,11 @@ struct Slot {
   int32_t stop_ids[8];
   int32_t oracle_len;  // valid entries of Params.oracle[slot]
   int32_t n_pages;  // entries of Params.page_table[slot]
-  int32_t reserved_pages;  // pages it may come to need: promised at admission, so that it can always go on
+  int32_t n_addressable;  // its first pages, which others can find
+  int32_t share;  // 1: it may use pages of others and leave its own to them
+  int32_t n_stored;  // tokens that were stored when it was preempted last: rows below are recomputation
+  int32_t n_swapped;  // entries of Params.swap_table[slot]
+  int32_t swapped_tokens;  // tokens that they hold
   int32_t row_begin;  // its rows in the step
   int32_t row_count;  // 0: none in this step
   int32_t n_drafts;  // drafts among them, behind the decode row
@@ -341,56 +374,127 @@ struct Slot {
   int32_t drafts[16];  // proposed tokens
   int32_t emitted[16];  // token ids
 };
-static_assert(sizeof(Slot) == 352, "Slot");
+static_assert(sizeof(Slot) == 408, "Slot");
 static_assert(offsetof(Slot, request_id) == 0, "Slot.request_id");
 static_assert(offsetof(Slot, seed) == 8, "Slot.seed");
-static_assert(offsetof(Slot, state) == 16, "Slot.state");
-static_assert(offsetof(Slot, prompt_len) == 20, "Slot.prompt_len");
-static_assert(offsetof(Slot, length) == 24, "Slot.length");
-static_assert(offsetof(Slot, computed) == 28, "Slot.computed");
-static_assert(offsetof(Slot, max_new_tokens) == 32, "Slot.max_new_tokens");
-static_assert(offsetof(Slot, ignore_eos) == 36, "Slot.ignore_eos");
-static_assert(offsetof(Slot, n_stop_ids) == 40, "Slot.n_stop_ids");
-static_assert(offsetof(Slot, temperature) == 44, "Slot.temperature");
-static_assert(offsetof(Slot, top_k) == 48, "Slot.top_k");
-static_assert(offsetof(Slot, top_p) == 52, "Slot.top_p");
-static_assert(offsetof(Slot, min_p) == 56, "Slot.min_p");
-static_assert(offsetof(Slot, repetition_penalty) == 60, "Slot.repetition_penalty");
-static_assert(offsetof(Slot, presence_penalty) == 64, "Slot.presence_penalty");
-static_assert(offsetof(Slot, frequency_penalty) == 68, "Slot.frequency_penalty");
-static_assert(offsetof(Slot, n_logprobs) == 72, "Slot.n_logprobs");
-static_assert(offsetof(Slot, n_bias) == 76, "Slot.n_bias");
-static_assert(offsetof(Slot, n_target) == 80, "Slot.n_target");
-static_assert(offsetof(Slot, target) == 84, "Slot.target");
-static_assert(offsetof(Slot, adjusted) == 148, "Slot.adjusted");
-static_assert(offsetof(Slot, penalized) == 152, "Slot.penalized");
-static_assert(offsetof(Slot, filtered) == 156, "Slot.filtered");
-static_assert(offsetof(Slot, stop_ids) == 160, "Slot.stop_ids");
-static_assert(offsetof(Slot, oracle_len) == 192, "Slot.oracle_len");
-static_assert(offsetof(Slot, n_pages) == 196, "Slot.n_pages");
-static_assert(offsetof(Slot, reserved_pages) == 200, "Slot.reserved_pages");
-static_assert(offsetof(Slot, row_begin) == 204, "Slot.row_begin");
-static_assert(offsetof(Slot, row_count) == 208, "Slot.row_count");
-static_assert(offsetof(Slot, n_drafts) == 212, "Slot.n_drafts");
-static_assert(offsetof(Slot, n_accepted) == 216, "Slot.n_accepted");
-static_assert(offsetof(Slot, n_emitted) == 220, "Slot.n_emitted");
-static_assert(offsetof(Slot, drafts) == 224, "Slot.drafts");
-static_assert(offsetof(Slot, emitted) == 288, "Slot.emitted");
+static_assert(offsetof(Slot, rank) == 16, "Slot.rank");
+static_assert(offsetof(Slot, number) == 24, "Slot.number");
+static_assert(offsetof(Slot, deadline_ns) == 32, "Slot.deadline_ns");
+static_assert(offsetof(Slot, content) == 40, "Slot.content");
+static_assert(offsetof(Slot, hash) == 48, "Slot.hash");
+static_assert(offsetof(Slot, state) == 56, "Slot.state");
+static_assert(offsetof(Slot, prompt_len) == 60, "Slot.prompt_len");
+static_assert(offsetof(Slot, length) == 64, "Slot.length");
+static_assert(offsetof(Slot, computed) == 68, "Slot.computed");
+static_assert(offsetof(Slot, max_new_tokens) == 72, "Slot.max_new_tokens");
+static_assert(offsetof(Slot, ignore_eos) == 76, "Slot.ignore_eos");
+static_assert(offsetof(Slot, n_stop_ids) == 80, "Slot.n_stop_ids");
+static_assert(offsetof(Slot, temperature) == 84, "Slot.temperature");
+static_assert(offsetof(Slot, top_k) == 88, "Slot.top_k");
+static_assert(offsetof(Slot, top_p) == 92, "Slot.top_p");
+static_assert(offsetof(Slot, min_p) == 96, "Slot.min_p");
+static_assert(offsetof(Slot, repetition_penalty) == 100, "Slot.repetition_penalty");
+static_assert(offsetof(Slot, presence_penalty) == 104, "Slot.presence_penalty");
+static_assert(offsetof(Slot, frequency_penalty) == 108, "Slot.frequency_penalty");
+static_assert(offsetof(Slot, n_logprobs) == 112, "Slot.n_logprobs");
+static_assert(offsetof(Slot, n_bias) == 116, "Slot.n_bias");
+static_assert(offsetof(Slot, n_target) == 120, "Slot.n_target");
+static_assert(offsetof(Slot, target) == 124, "Slot.target");
+static_assert(offsetof(Slot, adjusted) == 188, "Slot.adjusted");
+static_assert(offsetof(Slot, penalized) == 192, "Slot.penalized");
+static_assert(offsetof(Slot, filtered) == 196, "Slot.filtered");
+static_assert(offsetof(Slot, stop_ids) == 200, "Slot.stop_ids");
+static_assert(offsetof(Slot, oracle_len) == 232, "Slot.oracle_len");
+static_assert(offsetof(Slot, n_pages) == 236, "Slot.n_pages");
+static_assert(offsetof(Slot, n_addressable) == 240, "Slot.n_addressable");
+static_assert(offsetof(Slot, share) == 244, "Slot.share");
+static_assert(offsetof(Slot, n_stored) == 248, "Slot.n_stored");
+static_assert(offsetof(Slot, n_swapped) == 252, "Slot.n_swapped");
+static_assert(offsetof(Slot, swapped_tokens) == 256, "Slot.swapped_tokens");
+static_assert(offsetof(Slot, row_begin) == 260, "Slot.row_begin");
+static_assert(offsetof(Slot, row_count) == 264, "Slot.row_count");
+static_assert(offsetof(Slot, n_drafts) == 268, "Slot.n_drafts");
+static_assert(offsetof(Slot, n_accepted) == 272, "Slot.n_accepted");
+static_assert(offsetof(Slot, n_emitted) == 276, "Slot.n_emitted");
+static_assert(offsetof(Slot, drafts) == 280, "Slot.drafts");
+static_assert(offsetof(Slot, emitted) == 344, "Slot.emitted");
+
+// What the planner knows of a KV page: FREE (on the stack) -> ACTIVE (refs > 0) -> CACHED (refs 0, addressable).
+struct Page {
+  uint64_t hash;  // of its tokens and of all before them
+  uint64_t content;  // number of that sequence of tokens, of no other one; 0: not addressable
+  uint64_t parent;  // content of the page before it; 0: it is the first
+  int32_t refs;  // page tables that hold it
+  int32_t bucket_next;  // next page with its bucket; -1: none
+  int32_t older;  // neighbour on its eviction list; -1: none
+  int32_t newer;  // likewise
+  int32_t list;  // eviction list; -1: on none
+  int32_t hits;  // times it was found
+};
+static_assert(sizeof(Page) == 48, "Page");
+static_assert(offsetof(Page, hash) == 0, "Page.hash");
+static_assert(offsetof(Page, content) == 8, "Page.content");
+static_assert(offsetof(Page, parent) == 16, "Page.parent");
+static_assert(offsetof(Page, refs) == 24, "Page.refs");
+static_assert(offsetof(Page, bucket_next) == 28, "Page.bucket_next");
+static_assert(offsetof(Page, older) == 32, "Page.older");
+static_assert(offsetof(Page, newer) == 36, "Page.newer");
+static_assert(offsetof(Page, list) == 40, "Page.list");
+static_assert(offsetof(Page, hits) == 44, "Page.hits");
+
+// A request that waits to be admitted or resumed, in a binary heap by (rank, number).
+struct QueueEntry {
+  int64_t rank;  // as Slot.rank
+  uint64_t number;  // as Slot.number; its submission lies there in Params.queue
+  int32_t slot;  // that holds its tokens; -1: they are in the prompt ring
+};
+static_assert(sizeof(QueueEntry) == 24, "QueueEntry");
+static_assert(offsetof(QueueEntry, rank) == 0, "QueueEntry.rank");
+static_assert(offsetof(QueueEntry, number) == 8, "QueueEntry.number");
+static_assert(offsetof(QueueEntry, slot) == 16, "QueueEntry.slot");
+
+// A page to copy between the pool and the swap space.
+struct Move {
+  int32_t page;
+  int32_t swap_page;
+  int32_t slot;  // whose it is
+  int32_t out;  // 1: to the swap space; 0: back
+};
+static_assert(sizeof(Move) == 16, "Move");
+static_assert(offsetof(Move, page) == 0, "Move.page");
+static_assert(offsetof(Move, swap_page) == 4, "Move.swap_page");
+static_assert(offsetof(Move, slot) == 8, "Move.slot");
+static_assert(offsetof(Move, out) == 12, "Move.out");
 
 // Scalars of the control plane; only the controlling team touches them.
 struct LoopState {
   uint64_t n_steps;  // steps planned so far
-  uint64_t prompt_head;  // prompt ring: next token to take
-  uint64_t submit_head;  // next submission to look at
+  uint64_t prompt_head;  // prompt ring: first token that is still needed
+  uint64_t submit_head;  // oldest submission whose place in the ring is still needed
+  uint64_t submit_seen;  // next submission to look at
+  uint64_t submit_tail;  // submissions written, as this round of control saw it
   uint64_t cancel_head;  // next cancellation to look at
   uint64_t event_tail;  // events written, published at the end of control
   uint64_t step_tail;  // step records written
+  uint64_t next_deadline_ns;  // no request ends before by its deadline; 0: none has one
+  uint64_t n_contents;  // contents that pages have had
   int32_t n_free_pages;  // entries of Params.free_pages; set by the host to all
-  int32_t n_reserved_pages;  // sum of Slot.reserved_pages
-  int32_t n_order;  // running requests: entries of Params.order, oldest first
+  int32_t n_cached_pages;  // addressable pages that nobody holds
+  int32_t n_active_pages;  // pages that somebody holds
+  int32_t n_refs;  // sum of Page.refs
+  int32_t oldest[2];  // of an eviction list: next to go; -1: empty
+  int32_t newest[2];
+  int32_t n_listed[2];  // pages on an eviction list
+  int32_t n_order;  // running requests: entries of Params.order, by rank
+  int32_t n_queued;  // entries of Params.heap
+  int32_t n_preempted;  // slots in the state PREEMPTED
+  int32_t n_free_swap;  // entries of Params.swap_free; set by the host to all
+  int32_t n_moves;  // of Params.moves, for the next step
+  int32_t n_preemptions;  // since the last record
+  int32_t n_evictions;  // since the last record
   int32_t admitted_slot;  // slot whose tokens the team copies; -1: none
   int32_t draft_rows;  // rows that drafts of the next step may take; -1: no step can be planned now
-  uint64_t phase_ticks[9];  // of the step in flight, by clock_ticks of who ran the phase
+  uint64_t phase_ticks[10];  // of the step in flight, by clock_ticks of who ran the phase
   uint64_t span_ns;  // global time in which the forward phases' clock counted span_ticks
   uint64_t span_ticks;  // 0: their ticks are nanoseconds
   uint64_t n_launches;  // launches of the persistent loop
@@ -402,29 +506,44 @@ struct LoopState {
   uint64_t n_left;  // launches that ended
   uint64_t pong;  // ping that was answered last
 };
-static_assert(sizeof(LoopState) == 224, "LoopState");
+static_assert(sizeof(LoopState) == 320, "LoopState");
 static_assert(offsetof(LoopState, n_steps) == 0, "LoopState.n_steps");
 static_assert(offsetof(LoopState, prompt_head) == 8, "LoopState.prompt_head");
 static_assert(offsetof(LoopState, submit_head) == 16, "LoopState.submit_head");
-static_assert(offsetof(LoopState, cancel_head) == 24, "LoopState.cancel_head");
-static_assert(offsetof(LoopState, event_tail) == 32, "LoopState.event_tail");
-static_assert(offsetof(LoopState, step_tail) == 40, "LoopState.step_tail");
-static_assert(offsetof(LoopState, n_free_pages) == 48, "LoopState.n_free_pages");
-static_assert(offsetof(LoopState, n_reserved_pages) == 52, "LoopState.n_reserved_pages");
-static_assert(offsetof(LoopState, n_order) == 56, "LoopState.n_order");
-static_assert(offsetof(LoopState, admitted_slot) == 60, "LoopState.admitted_slot");
-static_assert(offsetof(LoopState, draft_rows) == 64, "LoopState.draft_rows");
-static_assert(offsetof(LoopState, phase_ticks) == 72, "LoopState.phase_ticks");
-static_assert(offsetof(LoopState, span_ns) == 144, "LoopState.span_ns");
-static_assert(offsetof(LoopState, span_ticks) == 152, "LoopState.span_ticks");
-static_assert(offsetof(LoopState, n_launches) == 160, "LoopState.n_launches");
-static_assert(offsetof(LoopState, launched_ns) == 168, "LoopState.launched_ns");
-static_assert(offsetof(LoopState, busy_ns) == 176, "LoopState.busy_ns");
-static_assert(offsetof(LoopState, beat) == 184, "LoopState.beat");
-static_assert(offsetof(LoopState, beat_ns) == 192, "LoopState.beat_ns");
-static_assert(offsetof(LoopState, n_rounds) == 200, "LoopState.n_rounds");
-static_assert(offsetof(LoopState, n_left) == 208, "LoopState.n_left");
-static_assert(offsetof(LoopState, pong) == 216, "LoopState.pong");
+static_assert(offsetof(LoopState, submit_seen) == 24, "LoopState.submit_seen");
+static_assert(offsetof(LoopState, submit_tail) == 32, "LoopState.submit_tail");
+static_assert(offsetof(LoopState, cancel_head) == 40, "LoopState.cancel_head");
+static_assert(offsetof(LoopState, event_tail) == 48, "LoopState.event_tail");
+static_assert(offsetof(LoopState, step_tail) == 56, "LoopState.step_tail");
+static_assert(offsetof(LoopState, next_deadline_ns) == 64, "LoopState.next_deadline_ns");
+static_assert(offsetof(LoopState, n_contents) == 72, "LoopState.n_contents");
+static_assert(offsetof(LoopState, n_free_pages) == 80, "LoopState.n_free_pages");
+static_assert(offsetof(LoopState, n_cached_pages) == 84, "LoopState.n_cached_pages");
+static_assert(offsetof(LoopState, n_active_pages) == 88, "LoopState.n_active_pages");
+static_assert(offsetof(LoopState, n_refs) == 92, "LoopState.n_refs");
+static_assert(offsetof(LoopState, oldest) == 96, "LoopState.oldest");
+static_assert(offsetof(LoopState, newest) == 104, "LoopState.newest");
+static_assert(offsetof(LoopState, n_listed) == 112, "LoopState.n_listed");
+static_assert(offsetof(LoopState, n_order) == 120, "LoopState.n_order");
+static_assert(offsetof(LoopState, n_queued) == 124, "LoopState.n_queued");
+static_assert(offsetof(LoopState, n_preempted) == 128, "LoopState.n_preempted");
+static_assert(offsetof(LoopState, n_free_swap) == 132, "LoopState.n_free_swap");
+static_assert(offsetof(LoopState, n_moves) == 136, "LoopState.n_moves");
+static_assert(offsetof(LoopState, n_preemptions) == 140, "LoopState.n_preemptions");
+static_assert(offsetof(LoopState, n_evictions) == 144, "LoopState.n_evictions");
+static_assert(offsetof(LoopState, admitted_slot) == 148, "LoopState.admitted_slot");
+static_assert(offsetof(LoopState, draft_rows) == 152, "LoopState.draft_rows");
+static_assert(offsetof(LoopState, phase_ticks) == 160, "LoopState.phase_ticks");
+static_assert(offsetof(LoopState, span_ns) == 240, "LoopState.span_ns");
+static_assert(offsetof(LoopState, span_ticks) == 248, "LoopState.span_ticks");
+static_assert(offsetof(LoopState, n_launches) == 256, "LoopState.n_launches");
+static_assert(offsetof(LoopState, launched_ns) == 264, "LoopState.launched_ns");
+static_assert(offsetof(LoopState, busy_ns) == 272, "LoopState.busy_ns");
+static_assert(offsetof(LoopState, beat) == 280, "LoopState.beat");
+static_assert(offsetof(LoopState, beat_ns) == 288, "LoopState.beat_ns");
+static_assert(offsetof(LoopState, n_rounds) == 296, "LoopState.n_rounds");
+static_assert(offsetof(LoopState, n_left) == 304, "LoopState.n_left");
+static_assert(offsetof(LoopState, pong) == 312, "LoopState.pong");
 
 // A word of the page table or of the counts that changed since the device had them.
 struct Patch {
@@ -473,7 +592,7 @@ struct Mailbox {
   uint64_t pong_ns;  // device: its clock, answering `ping`
   uint64_t pong;  // device: the `ping` that was answered
   uint32_t leave;  // device: LeaveReason of the launch that ended last
-  uint32_t running;  // device: requests with a slot
+  uint32_t running;  // device: requests that it has seen and not ended
   uint8_t device_pad[40];
 };
 static_assert(sizeof(Mailbox) == 256, "Mailbox");
@@ -545,7 +664,9 @@ struct Params {
   Submission* submissions;  // [submission_capacity]
   int32_t* prompts;  // [prompt_capacity]
   uint64_t* cancels;  // request ids, [submission_capacity]
-  uint8_t* cancelled;  // device's marks on waiting submissions, [submission_capacity]
+  Submission* queue;  // the device's copy of what it has seen, [submission_capacity]
+  uint8_t* gone;  // 1: nothing of the submission in the rings is needed any more; [submission_capacity]
+  QueueEntry* heap;  // requests that wait, [submission_capacity + max_slots]
   Event* events;  // [event_capacity]
   Logprobs* logprobs;  // beside `events`, of TOKEN events whose request asks for them; [event_capacity]
   StepRecord* step_records;  // [step_capacity]
@@ -555,12 +676,18 @@ struct Params {
   Row* rows;  // [max_rows]
   int32_t* sample_rows;  // row of each sampled row, [max_rows]
   Slot* slots;  // [max_slots]
-  int32_t* order;  // running slots, oldest admission first, [max_slots]
+  int32_t* order;  // running slots by rank, [max_running]
   int32_t* tokens;  // [max_slots, max_len]
   int32_t* oracle;  // right output tokens, [max_slots, max_len]
   int32_t* page_table;  // [max_slots, max_slot_pages]
   int32_t* free_pages;  // a stack, [n_pages]
-  int32_t* page_owner;  // slot, or -1: free; [n_pages]
+  Page* pages;  // [n_pages]
+  int32_t* page_tokens;  // tokens of addressable pages, [n_pages, page_size]
+  void* swap;  // in the host's memory, [n_swap_pages, layers, 2, num_key_value_heads, page_size, head_stride]
+  int32_t* swap_free;  // a stack, [n_swap_pages]
+  int32_t* swap_table;  // [max_slots, max_slot_pages]; null: there is no swap space
+  Move* moves;  // [n_pages + n_swap_pages]; null: likewise
+  int32_t* buckets;  // first page of a bucket, -1: none; [n_buckets]
   FlightEntry* flight;  // null, or the flight recorder, [teams, kFlightEntries]
   Patch* patches;  // launched from the host: changes of the page table, then of the counts
   uint64_t spin_deadline_ns;  // a wait that lasts longer aborts the loop
@@ -570,11 +697,14 @@ struct Params {
   uint64_t heartbeat_ns;  // a launch leaves when the host's heartbeat stood still for this long; 0: never
   int32_t version;  // kLayoutVersion
   int32_t max_rows;  // rows of a step at most
-  int32_t max_slots;  // requests that run at once
+  int32_t max_running;  // requests that run at once
+  int32_t max_slots;  // requests that run or wait with their tokens on the device
   int32_t max_len;  // tokens of a sequence at most
   int32_t max_spans;  // ceil(max_len / kAttentionSpan)
   int32_t max_slot_pages;  // ceil(max_len / page_size)
   int32_t n_pages;
+  int32_t n_buckets;  // power of two
+  int32_t n_swap_pages;  // 0: preempted requests are computed again
   int32_t n_eos_ids;
   int32_t scratch_floats;  // floats of scratch a team has
   int32_t submission_capacity;  // power of two
@@ -583,6 +713,10 @@ struct Params {
   int32_t step_capacity;  // power of two
   int32_t prefill_chunk;  // prompt tokens of one request in one step at most
   int32_t block;  // most tokens a verification may emit: drafts + 1
+  int32_t policy;  // Policy
+  int32_t ageing_steps;  // steps of waiting that are worth one level of priority
+  int32_t eviction;  // Eviction
+  int32_t prefix_sharing;  // 1: pages are addressable by their content
   int32_t proposer;  // Proposer
   int32_t acceptance;  // Acceptance
   int32_t ngram_min;  // shortest suffix that is looked up
@@ -590,7 +724,7 @@ struct Params {
   int32_t mismatch_stride;  // oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never
   int32_t forced_stride;  // forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0
 };
-static_assert(sizeof(Params) == 488, "Params");
+static_assert(sizeof(Params) == 576, "Params");
 static_assert(offsetof(Params, embed_tokens) == 0, "Params.embed_tokens");
 static_assert(offsetof(Params, lm_head) == 8, "Params.lm_head");
 static_assert(offsetof(Params, norm) == 16, "Params.norm");
@@ -618,50 +752,139 @@ static_assert(offsetof(Params, grid) == 184, "Params.grid");
 static_assert(offsetof(Params, submissions) == 192, "Params.submissions");
 static_assert(offsetof(Params, prompts) == 200, "Params.prompts");
 static_assert(offsetof(Params, cancels) == 208, "Params.cancels");
-static_assert(offsetof(Params, cancelled) == 216, "Params.cancelled");
-static_assert(offsetof(Params, events) == 224, "Params.events");
-static_assert(offsetof(Params, logprobs) == 232, "Params.logprobs");
-static_assert(offsetof(Params, step_records) == 240, "Params.step_records");
-static_assert(offsetof(Params, state) == 248, "Params.state");
-static_assert(offsetof(Params, step) == 256, "Params.step");
-static_assert(offsetof(Params, record) == 264, "Params.record");
-static_assert(offsetof(Params, rows) == 272, "Params.rows");
-static_assert(offsetof(Params, sample_rows) == 280, "Params.sample_rows");
-static_assert(offsetof(Params, slots) == 288, "Params.slots");
-static_assert(offsetof(Params, order) == 296, "Params.order");
-static_assert(offsetof(Params, tokens) == 304, "Params.tokens");
-static_assert(offsetof(Params, oracle) == 312, "Params.oracle");
-static_assert(offsetof(Params, page_table) == 320, "Params.page_table");
-static_assert(offsetof(Params, free_pages) == 328, "Params.free_pages");
-static_assert(offsetof(Params, page_owner) == 336, "Params.page_owner");
-static_assert(offsetof(Params, flight) == 344, "Params.flight");
-static_assert(offsetof(Params, patches) == 352, "Params.patches");
-static_assert(offsetof(Params, spin_deadline_ns) == 360, "Params.spin_deadline_ns");
-static_assert(offsetof(Params, census_ns) == 368, "Params.census_ns");
-static_assert(offsetof(Params, lease_ns) == 376, "Params.lease_ns");
-static_assert(offsetof(Params, idle_ns) == 384, "Params.idle_ns");
-static_assert(offsetof(Params, heartbeat_ns) == 392, "Params.heartbeat_ns");
-static_assert(offsetof(Params, version) == 400, "Params.version");
-static_assert(offsetof(Params, max_rows) == 404, "Params.max_rows");
-static_assert(offsetof(Params, max_slots) == 408, "Params.max_slots");
-static_assert(offsetof(Params, max_len) == 412, "Params.max_len");
-static_assert(offsetof(Params, max_spans) == 416, "Params.max_spans");
-static_assert(offsetof(Params, max_slot_pages) == 420, "Params.max_slot_pages");
-static_assert(offsetof(Params, n_pages) == 424, "Params.n_pages");
-static_assert(offsetof(Params, n_eos_ids) == 428, "Params.n_eos_ids");
-static_assert(offsetof(Params, scratch_floats) == 432, "Params.scratch_floats");
-static_assert(offsetof(Params, submission_capacity) == 436, "Params.submission_capacity");
-static_assert(offsetof(Params, prompt_capacity) == 440, "Params.prompt_capacity");
-static_assert(offsetof(Params, event_capacity) == 444, "Params.event_capacity");
-static_assert(offsetof(Params, step_capacity) == 448, "Params.step_capacity");
-static_assert(offsetof(Params, prefill_chunk) == 452, "Params.prefill_chunk");
-static_assert(offsetof(Params, block) == 456, "Params.block");
-static_assert(offsetof(Params, proposer) == 460, "Params.proposer");
-static_assert(offsetof(Params, acceptance) == 464, "Params.acceptance");
-static_assert(offsetof(Params, ngram_min) == 468, "Params.ngram_min");
-static_assert(offsetof(Params, ngram_max) == 472, "Params.ngram_max");
-static_assert(offsetof(Params, mismatch_stride) == 476, "Params.mismatch_stride");
-static_assert(offsetof(Params, forced_stride) == 480, "Params.forced_stride");
+static_assert(offsetof(Params, queue) == 216, "Params.queue");
+static_assert(offsetof(Params, gone) == 224, "Params.gone");
+static_assert(offsetof(Params, heap) == 232, "Params.heap");
+static_assert(offsetof(Params, events) == 240, "Params.events");
+static_assert(offsetof(Params, logprobs) == 248, "Params.logprobs");
+static_assert(offsetof(Params, step_records) == 256, "Params.step_records");
+static_assert(offsetof(Params, state) == 264, "Params.state");
+static_assert(offsetof(Params, step) == 272, "Params.step");
+static_assert(offsetof(Params, record) == 280, "Params.record");
+static_assert(offsetof(Params, rows) == 288, "Params.rows");
+static_assert(offsetof(Params, sample_rows) == 296, "Params.sample_rows");
+static_assert(offsetof(Params, slots) == 304, "Params.slots");
+static_assert(offsetof(Params, order) == 312, "Params.order");
+static_assert(offsetof(Params, tokens) == 320, "Params.tokens");
+static_assert(offsetof(Params, oracle) == 328, "Params.oracle");
+static_assert(offsetof(Params, page_table) == 336, "Params.page_table");
+static_assert(offsetof(Params, free_pages) == 344, "Params.free_pages");
+static_assert(offsetof(Params, pages) == 352, "Params.pages");
+static_assert(offsetof(Params, page_tokens) == 360, "Params.page_tokens");
+static_assert(offsetof(Params, swap) == 368, "Params.swap");
+static_assert(offsetof(Params, swap_free) == 376, "Params.swap_free");
+static_assert(offsetof(Params, swap_table) == 384, "Params.swap_table");
+static_assert(offsetof(Params, moves) == 392, "Params.moves");
+static_assert(offsetof(Params, buckets) == 400, "Params.buckets");
+static_assert(offsetof(Params, flight) == 408, "Params.flight");
+static_assert(offsetof(Params, patches) == 416, "Params.patches");
+static_assert(offsetof(Params, spin_deadline_ns) == 424, "Params.spin_deadline_ns");
+static_assert(offsetof(Params, census_ns) == 432, "Params.census_ns");
+static_assert(offsetof(Params, lease_ns) == 440, "Params.lease_ns");
+static_assert(offsetof(Params, idle_ns) == 448, "Params.idle_ns");
+static_assert(offsetof(Params, heartbeat_ns) == 456, "Params.heartbeat_ns");
+static_assert(offsetof(Params, version) == 464, "Params.version");
+static_assert(offsetof(Params, max_rows) == 468, "Params.max_rows");
+static_assert(offsetof(Params, max_running) == 472, "Params.max_running");
+static_assert(offsetof(Params, max_slots) == 476, "Params.max_slots");
+static_assert(offsetof(Params, max_len) == 480, "Params.max_len");
+static_assert(offsetof(Params, max_spans) == 484, "Params.max_spans");
+static_assert(offsetof(Params, max_slot_pages) == 488, "Params.max_slot_pages");
+static_assert(offsetof(Params, n_pages) == 492, "Params.n_pages");
+static_assert(offsetof(Params, n_buckets) == 496, "Params.n_buckets");
+static_assert(offsetof(Params, n_swap_pages) == 500, "Params.n_swap_pages");
+static_assert(offsetof(Params, n_eos_ids) == 504, "Params.n_eos_ids");
+static_assert(offsetof(Params, scratch_floats) == 508, "Params.scratch_floats");
+static_assert(offsetof(Params, submission_capacity) == 512, "Params.submission_capacity");
+static_assert(offsetof(Params, prompt_capacity) == 516, "Params.prompt_capacity");
+static_assert(offsetof(Params, event_capacity) == 520, "Params.event_capacity");
+static_assert(offsetof(Params, step_capacity) == 524, "Params.step_capacity");
+static_assert(offsetof(Params, prefill_chunk) == 528, "Params.prefill_chunk");
+static_assert(offsetof(Params, block) == 532, "Params.block");
+static_assert(offsetof(Params, policy) == 536, "Params.policy");
+static_assert(offsetof(Params, ageing_steps) == 540, "Params.ageing_steps");
+static_assert(offsetof(Params, eviction) == 544, "Params.eviction");
+static_assert(offsetof(Params, prefix_sharing) == 548, "Params.prefix_sharing");
+static_assert(offsetof(Params, proposer) == 552, "Params.proposer");
+static_assert(offsetof(Params, acceptance) == 556, "Params.acceptance");
+static_assert(offsetof(Params, ngram_min) == 560, "Params.ngram_min");
+static_assert(offsetof(Params, ngram_max) == 564, "Params.ngram_max");
+static_assert(offsetof(Params, mismatch_stride) == 568, "Params.mismatch_stride");
+static_assert(offsetof(Params, forced_stride) == 572, "Params.forced_stride");
+
+// What kernels/play.cpp plays with the control plane alone; all of it drawn from `seed`.
+struct PlayRules {
+  uint64_t seed;
+  uint64_t max_requests;
+  uint64_t max_events;  // events after which it ends
+  int32_t mean_prompt;  // tokens, geometric
+  int32_t mean_output;  // likewise
+  int32_t prefixes;  // half of the prompts begin with one of these
+  int32_t prefix_tokens;
+  int32_t arrivals_per_step;
+  int32_t cancel_one_in;  // steps between cancellations; 0: none, here and below
+  int32_t deadline_one_in;  // requests to one with a deadline
+  int32_t private_one_in;  // requests to one that shares nothing
+  int32_t away_one_in;  // rounds to one in which the host does not look at the rings
+  int32_t priorities;  // levels, uniform
+  int32_t recount_every;  // events between full recounts; 0: none, and texts are not checked either
+};
+static_assert(sizeof(PlayRules) == 72, "PlayRules");
+static_assert(offsetof(PlayRules, seed) == 0, "PlayRules.seed");
+static_assert(offsetof(PlayRules, max_requests) == 8, "PlayRules.max_requests");
+static_assert(offsetof(PlayRules, max_events) == 16, "PlayRules.max_events");
+static_assert(offsetof(PlayRules, mean_prompt) == 24, "PlayRules.mean_prompt");
+static_assert(offsetof(PlayRules, mean_output) == 28, "PlayRules.mean_output");
+static_assert(offsetof(PlayRules, prefixes) == 32, "PlayRules.prefixes");
+static_assert(offsetof(PlayRules, prefix_tokens) == 36, "PlayRules.prefix_tokens");
+static_assert(offsetof(PlayRules, arrivals_per_step) == 40, "PlayRules.arrivals_per_step");
+static_assert(offsetof(PlayRules, cancel_one_in) == 44, "PlayRules.cancel_one_in");
+static_assert(offsetof(PlayRules, deadline_one_in) == 48, "PlayRules.deadline_one_in");
+static_assert(offsetof(PlayRules, private_one_in) == 52, "PlayRules.private_one_in");
+static_assert(offsetof(PlayRules, away_one_in) == 56, "PlayRules.away_one_in");
+static_assert(offsetof(PlayRules, priorities) == 60, "PlayRules.priorities");
+static_assert(offsetof(PlayRules, recount_every) == 64, "PlayRules.recount_every");
+
+// What came of it.
+struct PlayResult {
+  uint64_t events;
+  uint64_t steps;
+  uint64_t rows;
+  uint64_t requests;  // submitted
+  uint64_t finished;  // by length
+  uint64_t cancelled;
+  uint64_t late;  // ended by a deadline
+  uint64_t preemptions;
+  uint64_t evictions;
+  uint64_t recomputed_rows;
+  uint64_t moves;  // pages copied
+  uint64_t prompt_tokens;
+  uint64_t cached_tokens;  // of them, found in shared pages
+  uint64_t drafts;  // verified
+  uint64_t accepted;
+  uint64_t control_ns;  // time in control
+  int32_t fault;  // PlayFault; 0: every check held
+  int32_t detail;
+};
+static_assert(sizeof(PlayResult) == 136, "PlayResult");
+static_assert(offsetof(PlayResult, events) == 0, "PlayResult.events");
+static_assert(offsetof(PlayResult, steps) == 8, "PlayResult.steps");
+static_assert(offsetof(PlayResult, rows) == 16, "PlayResult.rows");
+static_assert(offsetof(PlayResult, requests) == 24, "PlayResult.requests");
+static_assert(offsetof(PlayResult, finished) == 32, "PlayResult.finished");
+static_assert(offsetof(PlayResult, cancelled) == 40, "PlayResult.cancelled");
+static_assert(offsetof(PlayResult, late) == 48, "PlayResult.late");
+static_assert(offsetof(PlayResult, preemptions) == 56, "PlayResult.preemptions");
+static_assert(offsetof(PlayResult, evictions) == 64, "PlayResult.evictions");
+static_assert(offsetof(PlayResult, recomputed_rows) == 72, "PlayResult.recomputed_rows");
+static_assert(offsetof(PlayResult, moves) == 80, "PlayResult.moves");
+static_assert(offsetof(PlayResult, prompt_tokens) == 88, "PlayResult.prompt_tokens");
+static_assert(offsetof(PlayResult, cached_tokens) == 96, "PlayResult.cached_tokens");
+static_assert(offsetof(PlayResult, drafts) == 104, "PlayResult.drafts");
+static_assert(offsetof(PlayResult, accepted) == 112, "PlayResult.accepted");
+static_assert(offsetof(PlayResult, control_ns) == 120, "PlayResult.control_ns");
+static_assert(offsetof(PlayResult, fault) == 128, "PlayResult.fault");
+static_assert(offsetof(PlayResult, detail) == 132, "PlayResult.detail");
 
 #if defined(XL_VOCAB_SIZE)
 // The model's dimensions as compile-time constants, from -D definitions (see toolchain.dims_defines).

@@ -3,7 +3,7 @@
 
 #include "ring.h"
 #include "sampling.h"
-#include "stages/kv.h"
+#include "stages/swap.h"
 
 namespace xl {
 
@@ -12,15 +12,20 @@ XL_FN void write_event(const Params& p, const Event& event) {
   ring_entry(p.events, p.event_capacity, p.state->event_tail++) = event;
 }
 
-XL_FN void write_finished(const Params& p, uint64_t request_id, uint64_t now_ns, FinishReason reason, int n_output) {
+XL_FN Event request_event(const Params& p, uint64_t request_id, uint64_t now_ns, EventKind kind) {
   Event event = {};
   event.request_id = request_id;
   event.step = p.step->step;
   event.device_ns = now_ns;
-  event.kind = int(EventKind::kFinished);
+  event.kind = int(kind);
+  event.n_drafts = event.n_accepted = event.n_logprobs = -1;
+  return event;
+}
+
+XL_FN void write_finished(const Params& p, uint64_t request_id, uint64_t now_ns, FinishReason reason, int n_output) {
+  Event event = request_event(p, request_id, now_ns, EventKind::kFinished);
   event.output_index = n_output;
   event.reason = int(reason);
-  event.n_drafts = event.n_accepted = event.n_logprobs = -1;
   write_event(p, event);
 }
 
@@ -34,7 +39,7 @@ XL_FN bool contains(const int32_t* ids, int count, int token) {
 XL_FN bool ends_with_target(const Params& p, int slot_id) {
   const Slot& slot = p.slots[slot_id];
   if (slot.n_target == 0 || slot.length - slot.prompt_len < slot.n_target) return false;
-  const int32_t* last = p.tokens + size_t(slot_id) * size_t(p.max_len) + size_t(slot.length - slot.n_target);
+  const int32_t* last = tokens_of(p, slot_id) + size_t(slot.length - slot.n_target);
   for (int i = 0; i < slot.n_target; ++i)
     if (last[i] != slot.target[i]) return false;
   return true;
@@ -50,13 +55,15 @@ XL_FN FinishReason finish_reason_of(const Params& p, int slot_id, int token) {
   return FinishReason::kNone;
 }
 
-// Ends a running request: event, pages and reservation back, slot free. Its place in `order` is the caller's to close.
+// Ends the request of a slot: event, pages back, slot free. Its place in `order` or in the queue is the caller's to close.
 XL_FN void finish_slot(const Grid& grid, const Params& p, int page_size, int slot_id, uint64_t now_ns, FinishReason reason) {
   Slot& slot = p.slots[slot_id];
   write_finished(p, slot.request_id, now_ns, reason, slot.length - slot.prompt_len);
+  stage_kv_publish(grid, p, page_size, slot_id, slot.computed < slot.length ? slot.computed : slot.length);
   stage_kv_shrink(grid, p, page_size, slot_id, 0);
-  p.state->n_reserved_pages -= slot.reserved_pages;
-  slot.reserved_pages = 0;
+  drop_moves(p, slot_id);
+  release_swap(p, slot_id);
+  if (slot.state == int(SlotState::kPreempted)) --p.state->n_preempted;
   slot.row_count = 0;
   slot.state = int(SlotState::kFree);
 }
@@ -78,7 +85,7 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
   Slot& slot = p.slots[slot_id];
   const int page_size = d.page_size;
   const bool verified = slot.state == int(SlotState::kDecode);
-  int32_t* tokens = p.tokens + size_t(slot_id) * size_t(p.max_len);
+  int32_t* tokens = tokens_of(p, slot_id);
   slot.computed += verified ? 1 + slot.n_accepted : slot.row_count;
   const uint64_t first_event = p.state->event_tail;
   int n_accepted = slot.n_accepted;
@@ -89,11 +96,7 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
       tokens[slot.length++] = token;
       if (slot.penalized) ++p.counts[size_t(slot_id) * size_t(d.vocab_size) + size_t(token)];
       write_logprobs(p, slot, i, token);
-      Event event = {};
-      event.request_id = slot.request_id;
-      event.step = p.step->step;
-      event.device_ns = now_ns;
-      event.kind = int(EventKind::kToken);
+      Event event = request_event(p, slot.request_id, now_ns, EventKind::kToken);
       event.token = token;
       event.output_index = slot.length - slot.prompt_len - 1;
       event.n_drafts = verified && i == 0 ? slot.n_drafts : -1;
@@ -118,8 +121,11 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
     if (counted) ring_entry(p.events, p.event_capacity, first_event).n_accepted = n_accepted;
   }
   if (finished) return true;
-  if (slot.n_emitted > 0) slot.state = int(SlotState::kDecode);
+  // What a preempted request had put out is prefilled like a prompt, up to its last token.
+  if (slot.n_emitted > 0 || (slot.length > slot.prompt_len && slot.computed == slot.length - 1))
+    slot.state = int(SlotState::kDecode);
   stage_kv_shrink(grid, p, page_size, slot_id, slot.computed);
+  stage_kv_publish(grid, p, page_size, slot_id, slot.computed);
   return false;
 }
 

@@ -19,17 +19,15 @@ XL_FN void add_row(const Params& p, Slot& slot, int slot_id, int position, int t
   ++step.n_rows;
 }
 
-XL_FN void stage_decode(const Grid& grid, const Params& p, int page_size, StepRecord& record) {
+XL_FN void stage_decode(const Params& p, int page_size, StepRecord& record) {
   Step& step = *p.step;
   for (int i = 0; i < p.state->n_order; ++i) {
     const int slot_id = p.order[i];
     Slot& slot = p.slots[slot_id];
     if (slot.state != int(SlotState::kDecode)) continue;
-    stage_kv_extend(grid, p, page_size, slot_id, slot.length + slot.n_drafts);
     record.pages_draft += slot.n_pages - pages_for(slot.length, page_size);
-    record.pages_locked += pages_for(slot.length, page_size);
     record.context_tokens += slot.length + slot.n_drafts;
-    const int last = p.tokens[size_t(slot_id) * size_t(p.max_len) + size_t(slot.length) - 1];
+    const int last = tokens_of(p, slot_id)[slot.length - 1];
     add_row(p, slot, slot_id, slot.length - 1, last, true);
     for (int j = 0; j < slot.n_drafts; ++j) add_row(p, slot, slot_id, slot.length + j, slot.drafts[j], true);
     ++step.n_decode_rows;

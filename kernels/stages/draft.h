@@ -51,7 +51,7 @@ XL_FN void stage_draft(Team& team, const Params& p, const Dims& d, int rows) {
     if (wanted <= 0) continue;
     int count = 0;
     if (Proposer(p.proposer) == Proposer::kNgram) {
-      const int32_t* tokens = p.tokens + size_t(slot_id) * size_t(p.max_len);
+      const int32_t* tokens = tokens_of(p, slot_id);
       const int found = find_ngram(team, p, tokens, slot.length);
       if (found >= 0) count = wanted < slot.length - found ? wanted : slot.length - found;
       if (team.thread() == 0)

@@ -1,39 +1,21 @@
-// scheduler: cancellations and admissions, first come first served. A request is admitted when there is a slot for it and its
-// worst case of pages can be reserved; until then it waits at the head of the submission ring.
+// scheduler: what arrived, what ends by cancellation or deadline, and who is admitted: by rank (queue.h), when there is a place
+// among the running and there are pages for all that is known of its sequence. Nobody passes the first in rank. A request that
+// was preempted waits in the same queue, with its old rank and its tokens still in its slot.
 #pragma once
 
 #include "mailbox.h"
 #include "penalties.h"
 #include "stages/commit.h"
+#include "stages/queue.h"
 
 namespace xl {
 
-// Events that one round of control may write: every slot's tokens and its end. Planning waits until the ring has room for them.
-XL_FN uint64_t events_per_round(const Params& p) { return uint64_t(p.max_slots) * uint64_t(kMaxBlock + 1); }
+// Events that one round of control may write: the tokens and the end of each running request, and its preemption. Planning and
+// admissions wait until the ring has room for them.
+XL_FN uint64_t events_per_round(const Params& p) { return uint64_t(p.max_running) * uint64_t(kMaxBlock + 2); }
 
 XL_FN uint64_t free_events(const Params& p, const HostWords& host) {
   return uint64_t(p.event_capacity) - (p.state->event_tail - host.event_head);
-}
-
-// Thread 0. Each cancellation ends a running request at once or marks a waiting one; unknown ids have finished already.
-XL_FN void take_cancellations(const Grid& grid, const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
-  LoopState& state = *p.state;
-  const uint64_t tail = host.cancel_tail;
-  if (state.cancel_head == tail) return;
-  const uint64_t submitted = load_acquire_system(&p.mailbox->submit_tail);  // again: a request is submitted before it is cancelled
-  for (; state.cancel_head < tail && free_events(p, host) > events_per_round(p); ++state.cancel_head) {
-    const uint64_t id = ring_entry(p.cancels, p.submission_capacity, state.cancel_head);
-    for (int i = 0; i < state.n_order; ++i) {
-      if (p.slots[p.order[i]].request_id != id) continue;
-      finish_slot(grid, p, page_size, p.order[i], now_ns, FinishReason::kCancelled);
-      --state.n_order;
-      for (; i < state.n_order; ++i) p.order[i] = p.order[i + 1];
-    }
-    for (uint64_t at = state.submit_head; at < submitted; ++at)
-      if (ring_entry(p.submissions, p.submission_capacity, at).request_id == id)
-        ring_entry(p.cancelled, p.submission_capacity, at) = 1;
-  }
-  store_release_system(&p.mailbox->cancel_head, state.cancel_head);
 }
 
 // Prompt ring entries that belong to a submission: prompt, right answers, bias pairs.
@@ -60,47 +42,141 @@ XL_FN void copy_sampling(Slot& slot, const Submission& submission) {
   slot.filtered = (drops && slot.temperature > 0.0f) || slot.n_logprobs >= 0;
 }
 
-// Thread 0. Takes the head of the ring; its slot, or -1: nothing can be admitted now.
-XL_FN int admit_one(const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
-  LoopState& state = *p.state;
-  while (state.submit_head < host.submit_tail && free_events(p, host) > events_per_round(p)) {
-    const Submission& submission = ring_entry(p.submissions, p.submission_capacity, state.submit_head);
-    uint8_t& cancelled = ring_entry(p.cancelled, p.submission_capacity, state.submit_head);
-    if (cancelled) {
-      cancelled = 0;
-      write_finished(p, submission.request_id, now_ns, FinishReason::kCancelled, 0);
-      state.prompt_head = submission.prompt_begin + ring_tokens(submission);
-      ++state.submit_head;
-      continue;
-    }
-    const int worst = pages_for(submission.prompt_len + submission.max_new_tokens, page_size);
-    if (state.n_order == p.max_slots || state.n_reserved_pages + worst > p.n_pages) return -1;
-    int slot_id = 0;
-    while (p.slots[slot_id].state != int(SlotState::kFree)) ++slot_id;
-    Slot& slot = p.slots[slot_id];
-    slot = Slot{};
-    slot.request_id = submission.request_id;
-    slot.seed = submission.seed;
-    slot.state = int(SlotState::kPrefill);
-    slot.prompt_len = slot.length = submission.prompt_len;
-    slot.max_new_tokens = submission.max_new_tokens;
-    slot.ignore_eos = submission.ignore_eos;
-    slot.n_stop_ids = submission.n_stop_ids;
-    copy_sampling(slot, submission);
-    slot.oracle_len = submission.oracle_len;
-    slot.reserved_pages = worst;
-    state.n_reserved_pages += worst;
-    p.order[state.n_order++] = slot_id;
-    return slot_id;
-  }
-  return -1;
+// Thread 0. How far this round looks. A request is submitted before it is cancelled: what is cancelled now is seen now.
+XL_FN void look_at_rings(const Params& p, const HostWords& host) {
+  p.state->submit_tail = host.submit_tail;
+  if (host.cancel_tail != p.state->cancel_head) p.state->submit_tail = load_acquire_system(&p.mailbox->submit_tail);
 }
 
-// The team copies the admitted request's tokens from the prompt ring; only then does the ring move on.
+// The team copies what the host has submitted since; thread 0 gives it a rank and a place in the queue.
+template <class Team>
+XL_FN void take_submissions(Team& team, const Params& p, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  const uint64_t tail = state.submit_tail;
+  constexpr int kWords = int(sizeof(Submission) / sizeof(uint32_t));
+  for (uint64_t at = state.submit_seen; at < tail; ++at) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(&ring_entry(p.submissions, p.submission_capacity, at));
+    Submission& submission = ring_entry(p.queue, p.submission_capacity, at);
+    for (int i = team.thread(); i < kWords; i += Team::threads) reinterpret_cast<uint32_t*>(&submission)[i] = from[i];
+    team.sync();
+    if (team.thread() != 0) continue;
+    if (submission.deadline_ns != 0) {
+      submission.deadline_ns += now_ns;
+      if (state.next_deadline_ns == 0 || submission.deadline_ns < state.next_deadline_ns)
+        state.next_deadline_ns = submission.deadline_ns;
+    }
+    ring_entry(p.gone, p.submission_capacity, at) = 0;
+    queue_push(p, rank_of(p, submission, state.n_steps), at, -1);
+  }
+  team.sync();
+  if (team.thread() == 0) state.submit_seen = tail;
+}
+
+// Thread 0. Nothing in the rings is needed of this submission any more.
+XL_FN void let_submission_go(const Params& p, uint64_t number) {
+  LoopState& state = *p.state;
+  ring_entry(p.gone, p.submission_capacity, number) = 1;
+  for (; state.submit_head < state.submit_seen && ring_entry(p.gone, p.submission_capacity, state.submit_head); ++state.submit_head) {
+    const Submission& oldest = ring_entry(p.queue, p.submission_capacity, state.submit_head);
+    state.prompt_head = oldest.prompt_begin + ring_tokens(oldest);
+  }
+}
+
+// Thread 0. Ends a request of the queue, with or without a slot.
+XL_FN void finish_queued(const Grid& grid, const Params& p, int page_size, int at, uint64_t now_ns, FinishReason reason) {
+  const QueueEntry entry = p.heap[at];
+  queue_remove(p, at);
+  if (entry.slot >= 0) return finish_slot(grid, p, page_size, entry.slot, now_ns, reason);
+  write_finished(p, ring_entry(p.queue, p.submission_capacity, entry.number).request_id, now_ns, reason, 0);
+  let_submission_go(p, entry.number);
+}
+
+// Thread 0. Ends the i-th running request.
+XL_FN void finish_running(const Grid& grid, const Params& p, int page_size, int i, uint64_t now_ns, FinishReason reason) {
+  finish_slot(grid, p, page_size, p.order[i], now_ns, reason);
+  --p.state->n_order;
+  for (; i < p.state->n_order; ++i) p.order[i] = p.order[i + 1];
+}
+
+XL_FN uint64_t queued_id(const Params& p, const QueueEntry& entry) {
+  return entry.slot >= 0 ? p.slots[entry.slot].request_id : ring_entry(p.queue, p.submission_capacity, entry.number).request_id;
+}
+
+XL_FN uint64_t queued_deadline(const Params& p, const QueueEntry& entry) {
+  return entry.slot >= 0 ? p.slots[entry.slot].deadline_ns : ring_entry(p.queue, p.submission_capacity, entry.number).deadline_ns;
+}
+
+// Thread 0. A cancellation ends its request wherever it is; unknown ids have finished already.
+XL_FN void take_cancellations(const Grid& grid, const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  if (state.cancel_head == host.cancel_tail) return;
+  for (; state.cancel_head < host.cancel_tail && free_events(p, host) > events_per_round(p); ++state.cancel_head) {
+    const uint64_t id = ring_entry(p.cancels, p.submission_capacity, state.cancel_head);
+    for (int i = 0; i < state.n_order; ++i)
+      if (p.slots[p.order[i]].request_id == id) finish_running(grid, p, page_size, i, now_ns, FinishReason::kCancelled);
+    for (int at = 0; at < state.n_queued; ++at)
+      if (queued_id(p, p.heap[at]) == id) finish_queued(grid, p, page_size, at, now_ns, FinishReason::kCancelled);
+  }
+  store_release_system(&p.mailbox->cancel_head, state.cancel_head);
+}
+
+// Thread 0. Ends what has outlived its deadline; looks at nobody before the earliest of them.
+XL_FN void end_late_requests(const Grid& grid, const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  if (state.next_deadline_ns == 0 || now_ns < state.next_deadline_ns) return;
+  uint64_t next = 0;
+  const auto late = [&](uint64_t deadline_ns) {
+    if (deadline_ns == 0) return false;
+    if (deadline_ns <= now_ns && free_events(p, host) > events_per_round(p)) return true;
+    if (next == 0 || deadline_ns < next) next = deadline_ns;
+    return false;
+  };
+  for (int i = 0; i < state.n_order;) {
+    if (late(p.slots[p.order[i]].deadline_ns))
+      finish_running(grid, p, page_size, i, now_ns, FinishReason::kDeadline);
+    else
+      ++i;
+  }
+  for (int at = 0; at < state.n_queued;) {
+    if (late(queued_deadline(p, p.heap[at]))) {
+      finish_queued(grid, p, page_size, at, now_ns, FinishReason::kDeadline);
+      at = 0;  // the heap has been put in order anew
+    } else {
+      ++at;
+    }
+  }
+  state.next_deadline_ns = next;
+}
+
+// Thread 0. The first in rank gets a slot for its tokens, or -1: there is none.
+XL_FN int open_slot(const Params& p, QueueEntry& entry) {
+  int slot_id = 0;
+  while (slot_id < p.max_slots && p.slots[slot_id].state != int(SlotState::kFree)) ++slot_id;
+  if (slot_id == p.max_slots) return -1;
+  const Submission& submission = ring_entry(p.queue, p.submission_capacity, entry.number);
+  Slot& slot = p.slots[slot_id];
+  slot = Slot{};
+  slot.request_id = submission.request_id;
+  slot.seed = submission.seed;
+  slot.rank = entry.rank;
+  slot.number = entry.number;
+  slot.deadline_ns = submission.deadline_ns;
+  slot.state = int(SlotState::kWaiting);
+  slot.prompt_len = slot.length = submission.prompt_len;
+  slot.max_new_tokens = submission.max_new_tokens;
+  slot.ignore_eos = submission.ignore_eos;
+  slot.n_stop_ids = submission.n_stop_ids;
+  slot.share = submission.share && p.prefix_sharing;
+  copy_sampling(slot, submission);
+  slot.oracle_len = submission.oracle_len;
+  return entry.slot = slot_id;
+}
+
+// The team copies the tokens of the slot's request from the prompt ring.
 template <class Team>
 XL_FN void copy_prompt(Team& team, const Params& p, int slot_id) {
-  const Submission& submission = ring_entry(p.submissions, p.submission_capacity, p.state->submit_head);
-  int32_t* tokens = p.tokens + size_t(slot_id) * size_t(p.max_len);
+  const Submission& submission = ring_entry(p.queue, p.submission_capacity, p.slots[slot_id].number);
+  int32_t* tokens = tokens_of(p, slot_id);
   int32_t* oracle = p.oracle + size_t(slot_id) * size_t(p.max_len);
   for (int i = team.thread(); i < submission.prompt_len; i += Team::threads)
     tokens[i] = ring_entry(p.prompts, p.prompt_capacity, submission.prompt_begin + uint64_t(i));
@@ -114,7 +190,7 @@ template <class Team, class Dims>
 XL_FN void prepare_adjustments(Team& team, const Params& p, const Dims& d, int slot_id) {
   const Slot& slot = p.slots[slot_id];
   if (!slot.adjusted) return;
-  const Submission& submission = ring_entry(p.submissions, p.submission_capacity, p.state->submit_head);
+  const Submission& submission = ring_entry(p.queue, p.submission_capacity, slot.number);
   int32_t* counts = p.counts + size_t(slot_id) * size_t(d.vocab_size);
   float* bias = p.bias + size_t(slot_id) * size_t(d.vocab_size);
   for (int i = team.thread(); i < d.vocab_size; i += Team::threads) {
@@ -123,7 +199,7 @@ XL_FN void prepare_adjustments(Team& team, const Params& p, const Dims& d, int s
   }
   team.sync();
   if (team.thread() != 0) return;
-  const int32_t* tokens = p.tokens + size_t(slot_id) * size_t(p.max_len);
+  const int32_t* tokens = tokens_of(p, slot_id);
   for (int i = 0; i < slot.prompt_len; ++i) counts[tokens[i]] = kSeenInPrompt;
   const uint64_t pairs = submission.prompt_begin + uint64_t(submission.prompt_len) + uint64_t(submission.oracle_len);
   for (int i = 0; i < slot.n_bias; ++i) {
@@ -132,31 +208,82 @@ XL_FN void prepare_adjustments(Team& team, const Params& p, const Dims& d, int s
   }
 }
 
+// Pages that running requests still lack for the sequences with which they were admitted.
+XL_FN int owed_pages(const Params& p, int page_size) {
+  int owed = 0;
+  for (int i = 0; i < p.state->n_order; ++i) {
+    const Slot& slot = p.slots[p.order[i]];
+    const int lacking = pages_for(slot.length, page_size) - slot.n_pages;
+    owed += lacking > 0 ? lacking : 0;
+  }
+  return owed;
+}
+
+// vLLM's watermark: beside others a request is admitted only if one page in this many stays, so that it is not preempted at once.
+constexpr int kWatermark = 100;
+
+// Thread 0. The slot joins the running if there are pages for all of its tokens.
+XL_FN bool admit(const Grid& grid, const Params& p, int page_size, int slot_id, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  Slot& slot = p.slots[slot_id];
+  const SharedPrefix found = find_shared_prefix(p, page_size, slot_id);
+  const int spare = state.n_order > 0 ? p.n_pages / kWatermark : 0;
+  const int available = state.n_free_pages + state.n_cached_pages - found.n_cached - owed_pages(p, page_size) - spare;
+  if (pages_for(slot.length, page_size) - found.n_pages > available) return false;
+  hold_shared_prefix(p, page_size, slot_id, found);
+  if (slot.n_swapped > slot.n_pages) swap_in(grid, p, slot_id);
+  release_swap(p, slot_id);
+  const bool resumed = slot.state == int(SlotState::kPreempted);
+  if (resumed) --state.n_preempted;
+  slot.state = int(slot.length > slot.prompt_len && slot.computed == slot.length - 1 ? SlotState::kDecode : SlotState::kPrefill);
+  int at = state.n_order++;
+  for (; at > 0; --at) {
+    const Slot& before = p.slots[p.order[at - 1]];
+    if (!goes_before(slot.rank, slot.number, before.rank, before.number)) break;
+    p.order[at] = p.order[at - 1];
+  }
+  p.order[at] = slot_id;
+  Event event = request_event(p, slot.request_id, now_ns, resumed ? EventKind::kResumed : EventKind::kAdmitted);
+  event.step = state.n_steps + 1;
+  event.n_cached = found.n_pages * page_size;
+  write_event(p, event);
+  return true;
+}
+
+// Thread 0. Admits from the top of the queue until somebody's tokens have to be copied first: that slot; -1: nobody can be admitted.
+XL_FN int admit_from_queue(const Grid& grid, const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  while (state.n_queued > 0 && state.n_order < p.max_running && free_events(p, host) > events_per_round(p)) {
+    QueueEntry& top = p.heap[0];
+    if (top.slot < 0) return open_slot(p, top);
+    if (!admit(grid, p, page_size, top.slot, now_ns)) return -1;
+    queue_remove(p, 0);
+  }
+  return -1;
+}
+
 template <class Team, class Dims>
 XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, const Dims& d, const HostWords& host, uint64_t now_ns) {
   LoopState& state = *p.state;
   const int page_size = d.page_size;
   const uint64_t taken = team.thread() == 0 ? state.submit_head : 0;
-  if (team.thread() == 0) take_cancellations(grid, p, host, page_size, now_ns);
+  if (team.thread() == 0) look_at_rings(p, host);
+  team.sync();
+  take_submissions(team, p, now_ns);
+  if (team.thread() == 0) {
+    take_cancellations(grid, p, host, page_size, now_ns);
+    end_late_requests(grid, p, host, page_size, now_ns);
+  }
   for (;;) {
-    if (team.thread() == 0) state.admitted_slot = admit_one(p, host, page_size, now_ns);
+    if (team.thread() == 0) state.admitted_slot = admit_from_queue(grid, p, host, page_size, now_ns);
     team.sync();
     const int slot_id = state.admitted_slot;
     if (slot_id < 0) break;
     copy_prompt(team, p, slot_id);
     team.sync();
     prepare_adjustments(team, p, d, slot_id);
-    if (team.thread() != 0) continue;
-    const Submission& submission = ring_entry(p.submissions, p.submission_capacity, state.submit_head);
-    Event event = {};
-    event.request_id = submission.request_id;
-    event.step = state.n_steps + 1;
-    event.device_ns = now_ns;
-    event.kind = int(EventKind::kAdmitted);
-    event.n_drafts = event.n_accepted = event.n_logprobs = -1;
-    write_event(p, event);
-    state.prompt_head = submission.prompt_begin + ring_tokens(submission);
-    ++state.submit_head;
+    team.sync();
+    if (team.thread() == 0) let_submission_go(p, p.slots[slot_id].number);
   }
   if (team.thread() == 0 && state.submit_head != taken) {
     store_release_system(&p.mailbox->prompt_head, state.prompt_head);

@@ -24,7 +24,8 @@ XL_FN void stage_spec_verify(const Params& p, Slot& slot) {
   const int last = slot.row_begin + slot.row_count - 1;
   const int first = slot.state == int(SlotState::kDecode) ? slot.row_begin : last;
   if (p.rows[last].sample_row < 0) return;
-  if (slot.state == int(SlotState::kPrefill) && p.rows[last].position != slot.prompt_len - 1) return;
+  if (slot.state == int(SlotState::kPrefill) && (p.rows[last].position != slot.prompt_len - 1 || slot.length > slot.prompt_len))
+    return;
   const int output_index = slot.length - slot.prompt_len;
   for (int n = 0;; ++n) {
     const uint64_t* best = p.best + 2 * size_t(p.rows[first + n].sample_row);

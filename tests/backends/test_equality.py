@@ -12,6 +12,7 @@ import pytest
 from checkpoints import make_case
 from drive import Result, run
 
+from xlpk.kv import KV
 from xlpk.model import Model, load_model
 from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
 from xlpk.workload import Request
@@ -191,3 +192,35 @@ def test_the_pages_storage_type_matters(model: Model, tmp_path: Path) -> None:
     narrow = run(model, request, kv=KV(budget="64pages", dtype="bf16"), debug_logits=True).logits
     wide = run(model, request, kv=KV(budget="64pages", dtype="fp32"), debug_logits=True).logits
     assert (np.asarray(narrow) != np.asarray(wide)).any()
+
+
+PRESSURE = ("n_preemptions", "n_moves", "n_recomputed_rows")
+TIGHT = {
+    "recompute": KV(budget="30pages", page_size=16, prefix_sharing=False),
+    "recompute, shared": KV(budget="30pages", page_size=16, eviction="slru"),
+    "swap": KV(budget="30pages", page_size=16, prefix_sharing=False, preemption="swap", swap_space="40pages"),
+}
+
+
+@pytest.mark.parametrize("kind_of_kv", TIGHT)
+@pytest.mark.parametrize("spec", [NoSpec(), Ngram(block=4)], ids=lambda spec: spec.name)
+def test_preemption(model: Model, serial: Callable[[Model], dict[int, list[int]]], kind_of_kv: str, spec: Any) -> None:
+    """Pages for the prompts, not for the outputs: who lost them and came back has the same text."""
+    result = run(model, make_requests(model, 5), kv=TIGHT[kind_of_kv], threads=2, spec=spec)
+    total = {name: sum(step.values[name] for step in result.steps) for name in PRESSURE}
+    assert total["n_preemptions"] > 0
+    assert (total["n_moves"] > 0) == (kind_of_kv == "swap")
+    assert (total["n_recomputed_rows"] > 0) == (kind_of_kv == "recompute") or kind_of_kv == "recompute, shared"
+    assert result.tokens == serial(model)
+
+
+def test_shared_prefixes(model: Model) -> None:
+    """Two at a time: pages of others are found, among them some of an attention span that is not full."""
+    rng = np.random.default_rng(3)
+    prefix = tuple(rng.integers(0, model.config.vocab_size, 280).tolist())
+    requests = [Request(i, (*prefix, 3 + i), 12, temperature=0.7, seed=i, ignore_eos=True) for i in range(4)]
+    apart = {request.request_id: run(model, [request], threads=1).tokens[request.request_id] for request in requests}
+    result = run(model, requests, threads=2, max_num_seqs=2)
+    assert result.tokens == apart
+    computed = sum(step.values["n_prefill_rows"] for step in result.steps)
+    assert computed <= 4 * 281 - 2 * 272

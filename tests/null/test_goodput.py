@@ -155,7 +155,8 @@ def test_answers_of_the_oracle_are_shared_by_rates_and_made_without_deadlines(tm
     assert {(r.arrival_s, r.priority, r.deadline_ms) for r in serial.seen} == {(0, 0, 0)}
     warmup, *measured = drafted[0].seen
     assert (warmup.request_id, warmup.priority, warmup.deadline_ms) == (3, 0, 0)
-    assert [(r.arrival_s, r.priority, r.deadline_ms) for r in measured] == [(i / 100, i, 5) for i in range(3)]
+    assert [(r.arrival_s, r.priority) for r in measured] == [(i / 100, i) for i in range(3)]
+    assert all(0 < r.deadline_ms < 5 for r in measured)  # what is left of it when the request is sent
 
 
 def test_the_metrics_and_a_line_of_the_table_are_there(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
     python driver.py LIBRARY CHECKPOINT ANSWERS.json OUT.json SCENARIO ...
 
 A scenario is ORCHESTRATION-PROPOSER, ORCHESTRATION-chaos: cancellations and a stop in mid-flight, persistent-quiet: the
-host submits and does nothing else until the work must be done, or persistent-lease: the loop leaves and is entered
-again. ANSWERS: the right texts by request id, once known.
-OUT: by scenario and request id, [reason, tokens, (drafts, accepted) of each verification]; the reason of a request that
-the stop cut off is "". The step always has room for all drafts.
+host submits and does nothing else until the work must be done, persistent-lease: the loop leaves and is entered again,
+or ORCHESTRATION-pressure and -swap: all but the first request, with pages for some of them only.
+ANSWERS: the right texts by request id, once known.
+OUT: `outputs` by scenario and request id, [reason, tokens, (drafts, accepted) of each verification], the reason of a
+request that the stop cut off being "", and `causes` by scenario: counts. The step always has room for all drafts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np
 
-from xlpk.backend import Event, Finished, Token
+from xlpk.backend import Admitted, Event, Finished, Preempted, StepDone, Token
 from xlpk.backends import memory
 from xlpk.backends.cpu import CpuBackend, CpuLibrary
 from xlpk.kv import KV, KVPlan
@@ -39,17 +40,24 @@ SPECS = {
     "chaos": Ngram(block=4),
     "oracle": Oracle(block=4, mismatch_stride=3),
     "lease": Ngram(block=4),
+    "pressure": NoSpec(),
+    "swap": Ngram(block=4),
+}
+TIGHT = {  # the KV group where there are too few pages
+    "pressure": KV(budget="12pages", page_size=4, eviction="slru"),
+    "swap": KV(budget="12pages", page_size=4, preemption="swap", swap_space="12pages"),
 }
 MAX_LEN = 320
 VOCAB = 131
 
 
 def requests(answers: dict[str, list[int]]) -> list[Request]:
-    """Greedy and sampled ones; the first crosses an attention span, the others repeat themselves."""
+    """Greedy and sampled ones; the first crosses an attention span, the others repeat themselves, the last are one."""
     rng = np.random.RandomState(0)
+    words = [rng.randint(0, VOCAB, 5) for _ in range(6)]
     out = []
-    for i, (length, n) in enumerate(((258, 3), (7, 8), (19, 6), (1, 9), (12, 5))):
-        prompt = rng.randint(0, VOCAB, 5)[np.arange(length) % 5].tolist()
+    for i, (length, n) in enumerate(((258, 3), (7, 8), (19, 6), (1, 9), (12, 5), (13, 8), (13, 8))):
+        prompt = words[min(i, 5)][np.arange(length) % 5].tolist()
         oracle = tuple(answers.get(str(i), ()))
         options: dict[str, Any] = {
             1: {"repetition_penalty": 1.2, "frequency_penalty": 0.3},
@@ -72,13 +80,15 @@ def small_tables() -> None:
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         buffers = table(*args, **kwargs)
-        sizes = {"events": 128, "step_records": 64, "submissions": 2, "cancels": 2, "cancelled": 2}
+        sizes = {"events": 128, "step_records": 64, "submissions": 2, "cancels": 2, "queue": 2, "gone": 2}
         return buffers | {name: ((size,), buffers[name][1]) for name, size in sizes.items()}
 
     memory.scratch_floats, memory.buffer_table = least, wrapped
 
 
-def serve(model: Model, library: CpuLibrary, scenario: str, answers: dict[str, list[int]]) -> dict[int, Any]:
+def serve(
+    model: Model, library: CpuLibrary, scenario: str, answers: dict[str, list[int]]
+) -> tuple[dict[int, Any], Any]:
     orchestration, kind = scenario.split("-")
     backend = CpuBackend(
         cache=Path(),
@@ -92,8 +102,11 @@ def serve(model: Model, library: CpuLibrary, scenario: str, answers: dict[str, l
         spin_deadline_s=120.0,
         lease_s=0.02 if kind == "lease" else 0.0,
     )
-    backend.open(model, KVPlan.make(KV(budget="60pages", page_size=16), model.config, model.weights.dtype, MAX_LEN))
-    batch = requests(answers)
+    tight = TIGHT.get(kind)
+    kv = tight or KV(budget="60pages", page_size=16)
+    backend.open(model, KVPlan.make(kv, model.config, model.weights.dtype, MAX_LEN))
+    batch = requests(answers)[1 if tight else 0 :]
+    causes = {"preempted": 0, "cached": 0, "moved": 0}
     tokens: dict[int, list[int]] = {request.request_id: [] for request in batch}
     verified: dict[int, list[tuple[int, int]]] = {request.request_id: [] for request in batch}
     reasons: dict[int, str] = dict.fromkeys(tokens, "")
@@ -119,6 +132,12 @@ def serve(model: Model, library: CpuLibrary, scenario: str, answers: dict[str, l
                 tokens[event.request_id].append(event.token)
                 if event.n_drafts >= 0:
                     verified[event.request_id].append((event.n_drafts, event.n_accepted))
+            elif isinstance(event, Preempted):
+                causes["preempted"] += 1
+            elif isinstance(event, Admitted):
+                causes["cached"] += event.n_cached
+            elif isinstance(event, StepDone):
+                causes["moved"] += event.values["n_moves"]
             elif isinstance(event, Finished):
                 assert not reasons[event.request_id]
                 reasons[event.request_id] = event.reason
@@ -141,7 +160,7 @@ def serve(model: Model, library: CpuLibrary, scenario: str, answers: dict[str, l
             thread.join()
         report = backend.close()
     assert kind != "lease" or report.launches > 2
-    return {i: [reasons[i], tokens[i], verified[i]] for i in tokens}
+    return {i: [reasons[i], tokens[i], verified[i]] for i in tokens}, causes
 
 
 def main() -> None:
@@ -152,7 +171,8 @@ def main() -> None:
     model = load_model("race", Path(checkpoint))
     assert model.config.vocab_size == VOCAB
     done = {scenario: serve(model, library, scenario, answers) for scenario in scenarios}
-    Path(out).write_text(json.dumps(done))
+    outputs, causes = ({scenario: both[i] for scenario, both in done.items()} for i in (0, 1))
+    Path(out).write_text(json.dumps({"outputs": outputs, "causes": causes}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from xlpk.backend import Admitted, Event, Finished, StepDone, Token
 from xlpk.backends.cpu import CpuBackend
 from xlpk.speculation import Forced, Greedy, Ngram, NoSpec, Oracle
 
-PREFILL, DECODE = int(layout.SlotState.PREFILL), int(layout.SlotState.DECODE)
+PREFILL, DECODE, PREEMPTED = (int(getattr(layout.SlotState, name)) for name in ("PREFILL", "DECODE", "PREEMPTED"))
 
 
 @dataclass
@@ -64,6 +64,9 @@ class Audit:
         assert len(set(order)) == len(order)
         return [(slot, self.memory("slots")[slot]) for slot in order]
 
+    def is_preempted(self, slot: int) -> bool:
+        return slot >= 0 and bool(self.memory("slots")["state"][slot] == PREEMPTED)
+
     def pages_for(self, tokens: int) -> int:
         assert self.backend._plan is not None
         return self.backend._plan.pages_for(tokens)
@@ -71,34 +74,92 @@ class Audit:
     # ------------------------------------------------------------------------------------------ pages
 
     def check_pages(self) -> None:
-        """Every page is free once or in one table once; nobody holds more than was reserved. Oldest requests first."""
-        ages = [self.admitted.index(int(s["request_id"])) for _, s in self.running()]
-        assert ages == sorted(ages)
-        state, total = self.memory("state"), self.memory("page_owner").size
-        expected = np.full(total, -1)
-        reserved = 0
-        for slot, s in self.running():
+        """Every page is free, cached, or held by as many tables as it says; whoever finds a page finds equal tokens."""
+        state, pages, page_size = self.memory("state"), self.memory("pages"), self.memory("page_tokens").shape[1]
+        running = self.running()
+        ranks = [(int(s["rank"]), int(s["number"])) for _, s in running]
+        assert ranks == sorted(ranks)
+        refs = np.zeros(pages.size, int)
+        for slot, s in running:
             table = self.memory("page_table")[slot, : s["n_pages"]]
             assert len(set(table.tolist())) == s["n_pages"]
-            assert (expected[table] == -1).all(), "two requests share a page"
-            expected[table] = slot
-            assert s["reserved_pages"] == self.pages_for(s["prompt_len"] + s["max_new_tokens"])
-            assert s["n_pages"] <= s["reserved_pages"]
-            reserved += s["reserved_pages"]
+            refs[table] += 1
+            assert s["n_addressable"] * page_size <= s["computed"] <= s["n_pages"] * page_size
+            parent = 0
+            for index, page in enumerate(table[: s["n_addressable"]].tolist()):
+                own = self.memory("tokens")[slot, index * page_size : (index + 1) * page_size]
+                assert pages["content"][page] != 0
+                assert pages["parent"][page] == parent
+                assert self.memory("page_tokens")[page].tolist() == own.tolist()
+                parent = int(pages["content"][page])
+            assert s["content"] == parent
+            assert not pages["content"][table[s["n_addressable"] :]].any()
+        np.testing.assert_array_equal(pages["refs"], refs)
         free = self.memory("free_pages")[: state["n_free_pages"]]
         assert len(set(free.tolist())) == free.size
-        assert (expected[free] == -1).all(), "a free page is in a table"
-        assert free.size == (expected == -1).sum()
-        np.testing.assert_array_equal(self.memory("page_owner"), expected)
-        assert state["n_reserved_pages"] == reserved <= total
-        busy = {slot for slot, _ in self.running()}
+        assert not refs[free].any()
+        assert not pages["content"][free].any()
+        addressable = pages["content"] != 0
+        assert (addressable[refs == 0]).sum() == state["n_cached_pages"]
+        assert (refs > 0).sum() == state["n_active_pages"]
+        assert free.size + state["n_cached_pages"] + state["n_active_pages"] == pages.size
+        assert refs.sum() == state["n_refs"]
+        contents = pages["content"][addressable].tolist()
+        assert len(set(contents)) == len(contents)
+        assert self.in_buckets() == set(np.flatnonzero(addressable).tolist())
+        fifo = self.backend._plan.eviction == "fifo"
+        listed = addressable if fifo else addressable & (refs == 0)
+        assert sorted(self.in_lists()) == np.flatnonzero(listed).tolist()
+        states = {int(s): slot for slot, s in enumerate(self.memory("slots")["state"]) if s}
+        assert not set(states) - {int(one) for one in layout.SlotState}
+        heap = self.memory("heap")[: state["n_queued"]]
+        parked = {int(entry["slot"]) for entry in heap if entry["slot"] >= 0}
+        busy = {slot for slot, _ in running}
+        assert not parked & busy
         for slot, s in enumerate(self.memory("slots")):
-            assert (s["state"] != int(layout.SlotState.FREE)) == (slot in busy)
+            assert (s["state"] != int(layout.SlotState.FREE)) == (slot in busy | parked)
+            assert (s["state"] in (PREFILL, DECODE)) == (slot in busy)
+        keys = [(int(entry["rank"]), int(entry["number"])) for entry in heap]
+        assert all(keys[(at - 1) // 2] < keys[at] for at in range(1, len(keys)))
+
+    def in_buckets(self) -> set[int]:
+        """Pages that a hash leads to, each from its own bucket."""
+        pages, buckets, found = self.memory("pages"), self.memory("buckets"), set()
+        for number, page in enumerate(buckets.tolist()):
+            while page >= 0:
+                assert page not in found
+                assert int(pages["hash"][page]) % buckets.size == number
+                found.add(page)
+                page = int(pages["bucket_next"][page])
+        return found
+
+    def in_lists(self) -> list[int]:
+        """Pages of the eviction lists, oldest first, walked in both directions."""
+        state, pages, out = self.memory("state"), self.memory("pages"), []
+        for which in range(2):
+            line, page = [], int(state["oldest"][which])
+            while page >= 0:
+                assert pages["list"][page] == which
+                line.append(page)
+                page = int(pages["newer"][page])
+            back, page = [], int(state["newest"][which])
+            while page >= 0:
+                back.append(page)
+                page = int(pages["older"][page])
+            assert back == line[::-1]
+            assert len(line) == state["n_listed"][which]
+            out += line
+        return out
 
     # ------------------------------------------------------------------------------------------ the step
 
     def chunk(self, s: Any) -> int:
-        return min(int(s["prompt_len"] - s["computed"]), self.backend.limits.prefill_chunk)
+        end = int(s["prompt_len"] if s["length"] == s["prompt_len"] else s["length"] - 1)
+        return min(end - int(s["computed"]), self.backend.limits.prefill_chunk)
+
+    def room(self, s: Any) -> int:
+        """Tokens for which the slot has pages behind those that are stored."""
+        return int(s["n_pages"] * self.memory("page_tokens").shape[1] - s["computed"])
 
     def propose(self, slot: int, s: Any, count: int) -> list[int]:
         spec = self.backend.spec
@@ -129,7 +190,8 @@ class Audit:
         spare = max(0, limits.max_step_rows - len(decoding) - sum(self.chunk(s) for _, s in prefilling))
         rows: list[tuple[int, int, int, bool]] = []  # slot, position, token, sampled
         drafts_of: dict[int, list[int]] = {}
-        pages_draft = pages_locked = context = 0
+        pages_draft = context = recomputed = 0
+        locked: set[int] = set()
         computed: dict[int, int] = {}
         picks: dict[int, list[tuple[int, int]]] = {}
         for slot, s in decoding:
@@ -138,29 +200,31 @@ class Audit:
             left = int(s["max_new_tokens"]) - (length - int(s["prompt_len"]))
             wanted = max(0, min(self.backend.spec.block, left) - 1)
             drafts = self.propose(slot, s, wanted)[:spare]
-            self.drafts_cut += len(self.propose(slot, s, wanted)) - len(drafts)
             spare -= len(drafts)
+            drafts = drafts[: self.room(s) - 1]
+            self.drafts_cut += len(self.propose(slot, s, wanted)) - len(drafts)
             assert s["drafts"][: s["n_drafts"]].tolist() == drafts
             sequence = [int(self.memory("tokens")[slot, length - 1]), *drafts]
             rows += [(slot, length - 1 + i, token, True) for i, token in enumerate(sequence)]
             assert s["n_pages"] == self.pages_for(length + len(drafts))
             pages_draft += int(s["n_pages"]) - self.pages_for(length)
-            pages_locked += self.pages_for(length)
+            locked |= set(self.memory("page_table")[slot, : self.pages_for(length)].tolist())
             drafts_of[int(s["request_id"])] = drafts
             context += length + len(drafts)
             computed[int(s["request_id"])] = length
             picks[int(s["request_id"])] = [self.pick(len(rows) - len(sequence) + i) for i in range(len(sequence))]
         n_prefill = n_chunk_rows = 0
         for slot, s in prefilling:
-            begin, count = int(s["computed"]), min(self.chunk(s), limits.max_step_rows - len(rows))
+            begin, count = int(s["computed"]), min(self.chunk(s), limits.max_step_rows - len(rows), self.room(s))
             self.chunks_cut += self.chunk(s) - count
             tokens = self.memory("tokens")[slot, begin : begin + count].tolist()
-            last = int(s["prompt_len"]) - 1
+            last = int(s["prompt_len"]) - 1 if s["length"] == s["prompt_len"] else -1
             rows += [(slot, begin + i, token, begin + i == last) for i, token in enumerate(tokens)]
-            assert s["n_pages"] == self.pages_for(begin + count)
+            assert s["n_pages"] >= self.pages_for(begin + count)
             n_chunk_rows += count
             n_prefill += count > 0
-            pages_locked += int(s["n_pages"]) if count else 0
+            recomputed += sum(begin + i < s["n_stored"] for i in range(count))
+            locked |= set(self.memory("page_table")[slot, : s["n_pages"]].tolist()) if count else set()
             context += begin + count if count else 0
             computed[int(s["request_id"])] = begin + count
         planned = self.memory("rows")[: step["n_rows"]]
@@ -172,7 +236,15 @@ class Audit:
         assert self.memory("sample_rows")[: step["n_sample_rows"]].tolist() == sampled
         assert planned["sample_row"][sampled].tolist() == list(range(len(sampled)))
         n_drafts = sum(map(len, drafts_of.values()))
-        total, owned = self.memory("page_owner").size, sum(int(s["n_pages"]) for _, s in running)
+        state, refs = self.memory("state"), self.memory("pages")["refs"]
+        idle = [
+            set(self.memory("page_table")[slot, : s["n_pages"]].tolist()) for slot, s in running if not s["row_count"]
+        ]
+        locked |= {page for page in set().union(*idle) if refs[page] > 1}
+        waiting = int(self.memory("mailbox")["submit_tail"] - state["submit_seen"])
+        never = [
+            entry for entry in self.memory("heap")[: state["n_queued"]] if not self.is_preempted(int(entry["slot"]))
+        ]
         record = {
             "step": self.n_steps + 1,
             "n_rows": len(rows),
@@ -182,12 +254,15 @@ class Audit:
             "n_sample_rows": len(sampled),
             "n_prefill": n_prefill,
             "n_decode": len(decoding),
-            "n_waiting": int(self.memory("mailbox")["submit_tail"] - self.memory("state")["submit_head"]),
-            "pages_total": total,
-            "pages_free": total - owned,
+            "n_waiting": waiting + len(never),
+            "n_preempted": int((self.memory("slots")["state"] == PREEMPTED).sum()),
+            "n_recomputed_rows": recomputed,
+            "pages_total": refs.size,
+            "pages_free": int(state["n_free_pages"]),
+            "pages_cached": int(state["n_cached_pages"]),
             "pages_draft": pages_draft,
-            "pages_active": owned - pages_draft,
-            "pages_locked": pages_locked,
+            "pages_active": int((refs > 0).sum()) - pages_draft,
+            "pages_locked": len(locked),
             "context_tokens": context,
         }
         self.n_steps += 1
@@ -240,9 +315,10 @@ class Audit:
             over = [id for (step, id), reason in ended.items() if step == event.step and reason != "cancelled"]
             assert event.values["n_finished"] == len(over)
             live = [count for id, count in stored[event.step].items() if id not in over]
-            assert event.values["live_tokens"] == sum(live)
-            assert event.values["live_pages"] == sum(map(self.pages_for, live))
-            total = sum(event.values[f"pages_{kind}"] for kind in ("free", "active", "draft"))
+            if not self.backend._plan.prefix_sharing:
+                assert event.values["live_tokens"] == sum(live)
+                assert event.values["live_pages"] == sum(map(self.pages_for, live))
+            total = sum(event.values[f"pages_{kind}"] for kind in ("free", "cached", "active", "draft"))
             assert total == event.values["pages_total"]
 
     def verify(self, drafts: list[int], picks: list[tuple[int, int]], first: int) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xlpk.backend import Admitted, Event, Finished, StepDone, Token
+from xlpk.backend import Admitted, Event, Finished, Preempted, Resumed, StepDone, Token
 from xlpk.backends.cpu import CpuBackend, CpuLibrary
 from xlpk.kv import KV, KVPlan
 from xlpk.model import Model
@@ -27,12 +27,20 @@ class Log:
     verifications: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     finished: dict[int, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
     steps: list[dict[str, Any]] = field(default_factory=list)
+    cached: dict[int, int] = field(default_factory=dict)  # tokens found in shared pages at admission
+    preempted: list[int] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
 
     def add(self, events: Iterable[Event]) -> None:
         for event in events:
             if isinstance(event, Admitted):
                 self.admitted.append(event.request_id)
                 self.admitted_step[event.request_id] = event.step
+                self.cached[event.request_id] = event.n_cached
+            elif isinstance(event, Preempted):
+                self.preempted.append(event.request_id)
+            elif isinstance(event, Resumed):
+                self.resumed.append(event.request_id)
             elif isinstance(event, Token):
                 assert event.output_index == len(self.tokens[event.request_id])
                 assert not self.finished[event.request_id]
@@ -71,12 +79,13 @@ def session(
     max_len: int = 256,
     orchestration: str = "launched",
     threads: int = 1,
+    kv: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[CpuBackend]:
-    """An open backend; closed at the end, with every page back if nothing was raised."""
+    """An open backend, closed at the end. `kv`: further fields of the KV group."""
     backend = CpuBackend(cache=Path(), library=library, orchestration=orchestration, threads=threads, **options)
-    kv = KV(budget=f"{pages}pages", page_size=page_size, dtype=kv_dtype)
-    backend.open(model, KVPlan.make(kv, model.config, model.weights.dtype, max_len))
+    config = KV(budget=f"{pages}pages", page_size=page_size, dtype=kv_dtype, **(kv or {}))
+    backend.open(model, KVPlan.make(config, model.config, model.weights.dtype, max_len))
     try:
         yield backend
     finally:

@@ -15,14 +15,13 @@ from xlpk.model import Model
 from xlpk.workload import Request
 
 
-def break_owner(memory: Any) -> None:
-    owned = memory["page_table"][0, 0]
-    memory["page_owner"][owned] = 1
+def forget_a_holder(memory: Any) -> None:
+    memory["pages"]["refs"][memory["page_table"][0, 0]] = 0
 
 
-def break_free_owner(memory: Any) -> None:
+def hold_a_free_page(memory: Any) -> None:
     top = int(memory["state"]["n_free_pages"][0]) - 1
-    memory["page_owner"][memory["free_pages"][top]] = 0
+    memory["pages"]["refs"][memory["free_pages"][top]] = 1
 
 
 def lose_a_page(memory: Any) -> None:
@@ -30,12 +29,13 @@ def lose_a_page(memory: Any) -> None:
 
 
 def run_out(memory: Any) -> None:
-    memory["slots"]["reserved_pages"][0] = memory["slots"]["n_pages"][0]
+    memory["state"]["n_active_pages"] += memory["state"]["n_free_pages"]
+    memory["state"]["n_free_pages"] = 0
 
 
 FAULTS = {
-    "page_double_free": break_owner,
-    "page_double_allocation": break_free_owner,
+    "page_double_free": forget_a_holder,
+    "page_double_allocation": hold_a_free_page,
     "page_conservation": lose_a_page,
     "no_free_page": run_out,
 }

@@ -40,9 +40,9 @@ def test_pages_at_every_step(
     def watch(events: list[Event]) -> None:
         nonlocal most_waiting
         audit(events)
-        state, mailbox = audit.memory("state"), audit.memory("mailbox")
-        if state["n_order"] < 4:  # slots are free: it is pages that the head of the ring waits for
-            most_waiting = max(most_waiting, int(mailbox["submit_tail"] - state["submit_head"]))
+        state = audit.memory("state")
+        if state["n_order"] < 4:  # there are places: it is pages that the first of the queue waits for
+            most_waiting = max(most_waiting, int(state["n_queued"]))
 
     options = {"pages": pages, "page_size": page_size, "max_len": 320, "prefill_chunk": 24}
     with session(model, cpu_library, spec=spec, max_num_seqs=4, **options) as backend:
@@ -71,11 +71,11 @@ def test_pages_that_hold_drafts_only_come_and_go(small: Callable[[str], Model], 
     assert log.totals(1) == spec.expected(20)
 
 
-def test_head_of_the_line_waits_and_nobody_passes(small: Callable[[str], Model], cpu_library: CpuLibrary) -> None:
-    """6 pages: one request takes 4, the next needs 4 and waits; the last needs 1, comes later and may not pass."""
+def test_the_first_of_the_queue_waits_and_nobody_passes(small: Callable[[str], Model], cpu_library: CpuLibrary) -> None:
+    """6 pages: one prompt takes 4, the next needs 4 and waits; the last needs 1, comes later and may not pass."""
     batch = [
-        Request(1, (3,) * 30, 30, ignore_eos=True),
-        Request(2, (4,) * 30, 30, ignore_eos=True),
+        Request(1, (3,) * 60, 4, ignore_eos=True),
+        Request(2, (4,) * 60, 4, ignore_eos=True),
         Request(3, (5,), 2, ignore_eos=True),
     ]
     with session(small("alphabet"), cpu_library, page_size=16, pages=6, max_num_seqs=4) as backend:

@@ -141,7 +141,7 @@ def test_a_place_in_the_ring_outlives_its_cancellation(
     small: Callable[[str], Model], cpu_library: CpuLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ring of two: the request that takes a cancelled one's place is served."""
-    shrink(monkeypatch, submissions=2, cancels=2, cancelled=2)
+    shrink(monkeypatch, submissions=2, cancels=2, queue=2, gone=2)
     with session(small("alphabet"), cpu_library, max_num_seqs=1) as backend:
         audit, log = Audit(backend), Log()
 
@@ -233,7 +233,7 @@ def test_the_prompt_ring_pushes_back(small: Callable[[str], Model], cpu_library:
     """It is full when its tokens are; prompts wrap around its end intact."""
     model = small("alphabet")
     rng = np.random.RandomState(8)
-    batch = [Request(i, tuple(rng.randint(3, 17, 200).tolist()), 5, ignore_eos=True) for i in range(46)]
+    batch = [Request(i, tuple(rng.randint(3, 17, 200).tolist()), 5, ignore_eos=True) for i in range(90)]
     with session(model, cpu_library, max_num_seqs=2, max_step_rows=256, prefill_chunk=200) as backend:
         assert backend._memory is not None
         capacity = backend._memory["prompts"].size
@@ -244,7 +244,7 @@ def test_the_prompt_ring_pushes_back(small: Callable[[str], Model], cpu_library:
         log = serve(backend, batch[taken:], log=Log(), each=Audit(backend))
         while log.n_finished < len(batch):
             log.add(backend.poll())
-    assert log.admitted == list(range(46))
+    assert log.admitted == list(range(90))
     check_texts(log, model, cpu_library, batch)
 
 

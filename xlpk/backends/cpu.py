@@ -13,7 +13,7 @@ import numpy as np
 from xlpk import layout
 from xlpk.backend import BackendReport, Event
 from xlpk.backends.library import CpuLibrary, usable_cores
-from xlpk.backends.memory import WEIGHT_TYPES, HostMemory, host_memory
+from xlpk.backends.memory import WEIGHT_TYPES, HostMemory, host_memory, unheld_pages
 from xlpk.backends.submitter import Submitter
 from xlpk.errors import BackendError, InputError
 from xlpk.kv import KVPlan
@@ -21,8 +21,6 @@ from xlpk.model import Model
 from xlpk.units import format_bytes
 
 __all__ = ["CpuBackend", "CpuLibrary", "usable_cores"]
-
-_FILTER = layout.PHASE_NAMES.index("filter")
 
 
 class CpuBackend(Submitter):
@@ -123,9 +121,10 @@ class CpuBackend(Submitter):
         if dll.xl_control(self._params, self._dims) == 0:
             return
         assert self._memory is not None
-        filters = bool(self._memory["step"]["n_filter_rows"][0])
+        step = self._memory["step"][0]
+        left_out = {phase for phase, field in layout.OPTIONAL.items() if not step[field]}
         for phase, layer in self._phases:
-            if phase != _FILTER or filters:
+            if phase not in left_out:
                 dll.xl_launch(session, phase, layer)
                 report.launches += 1
         dll.xl_synchronize(session)
@@ -137,9 +136,9 @@ class CpuBackend(Submitter):
         return self._memory["logits"][:count].copy()
 
     def free_pages(self) -> int:
-        """Pages on the free list; exact once the loop is closed or idle."""
+        """Pages that no request holds; exact once the loop is closed or idle."""
         assert self._memory is not None
-        return int(self._memory["state"]["n_free_pages"][0])
+        return unheld_pages(self._memory["state"])
 
     def __del__(self) -> None:
         self.close()  # threads must not outlive the buffers that they use

@@ -144,7 +144,7 @@ class GpuBackend(Submitter):
         return list(self._power.samples) if self._power is not None else []
 
     def free_pages(self) -> int:
-        """Pages on the free list when the session ended."""
+        """Pages that no request held when the session ended."""
         return self._free_pages
 
     def _stop(self) -> bool:

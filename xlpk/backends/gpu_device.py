@@ -46,6 +46,18 @@ def import_driver() -> Any:
     return cuda
 
 
+def free_device_memory(ordinal: int) -> int:
+    """Bytes that are free on a device, by a context that is gone afterwards."""
+    cuda = import_driver()
+    context = cuda.Device(ordinal).make_context()
+    try:
+        free, _ = cuda.mem_get_info()
+        return int(free)
+    finally:
+        context.pop()
+        context.detach()
+
+
 class Device:
     """A context on one GPU, current in the thread that made it. Calls of any other thread fail."""
 

@@ -19,6 +19,7 @@ from xlpk import layout
 from xlpk.backends.gpu_device import Device
 from xlpk.backends.memory import (
     RINGS,
+    STARTED,
     Limits,
     aligned_zeros,
     buffer_table,
@@ -157,7 +158,7 @@ class Session:
             **weights.addresses,
             **addresses,
             "scratch_floats": gpu_scratch_floats(self.model.config, self.limits, device),
-            **session_values(self.model, self.plan, self.limits, self.spec, self.acceptance, shapes),
+            **session_values(self.model.config, self.plan, self.limits, self.spec, self.acceptance, shapes),
             **{f"{name}_ns": int(seconds * 1e9) for name, seconds in self.times.items()},
         }
         for name, value in values.items():
@@ -168,20 +169,30 @@ class Session:
         return GpuMemory(params, host_params, dims_record(self.model.config, self.plan), host, addresses, shapes)
 
 
+def swap_space(device: Device, plan: KVPlan) -> dict[str, int]:
+    """Address of the swap space, host memory that is locked and mapped; none if the plan has none."""
+    size = plan.swap_pages * plan.page_bytes
+    if size == 0:
+        return {}
+    memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+    return {"swap": device.map_host(np.frombuffer(memory, np.uint8))}
+
+
 def resident_memory(device: Device, session: Session, weights: DeviceWeights) -> tuple[GpuMemory, SharedRegion]:
     """For a loop on the device: rings and flight recorder in a region that both reach, all else in device memory."""
     shapes = session.shapes()
     mapped = (*RINGS, "flight")
-    outer, inner = Arena(pick(shapes, mapped)), Arena(pick(shapes, (name for name in shapes if name not in mapped)))
+    apart = (*mapped, "swap")
+    outer, inner = Arena(pick(shapes, mapped)), Arena(pick(shapes, (name for name in shapes if name not in apart)))
     region = SharedRegion(device, outer.size)
     addresses = inner.addresses(device.allocate(inner.size, "kv.budget and buffers"))
-    first = {name: np.zeros(*shapes[name]) for name in ("free_pages", "page_owner", "state")}
+    first = {name: np.zeros(*shapes[name]) for name in STARTED}
     start_values(first, session.plan)
     with device.errors("the first state of a session could not be copied"):
         for name, array in first.items():
             device.cuda.memcpy_htod_async(addresses[name], array, device.stream)
         device.stream.synchronize()
-    addresses |= outer.addresses(region.device_address)
+    addresses |= outer.addresses(region.device_address) | swap_space(device, session.plan)
     memory = session.memory(device, weights, shapes, outer.views(region.bytes), addresses)
     memory.offsets |= outer.offsets
     return memory, region
@@ -190,8 +201,22 @@ def resident_memory(device: Device, session: Session, weights: DeviceWeights) ->
 # What a step sends, and what it brings back; each in one copy.
 DESCRIPTOR = ("step", "rows", "sample_rows", "slots", "patches")
 READBACK = ("state", "best", "row_logprobs")
-_HOST_ONLY = (*RINGS, "grid", "record", "order", "tokens", "oracle", "free_pages", "page_owner", "cancelled")
-_BOTH = ("page_table", "counts", "bias", "state")  # the host's own copy, and the device's
+_PLANNER = (
+    "queue",
+    "gone",
+    "heap",
+    "order",
+    "tokens",
+    "oracle",
+    "free_pages",
+    "pages",
+    "page_tokens",
+    "buckets",
+    "swap_free",
+    "swap_table",
+)
+_HOST_ONLY = (*RINGS, "grid", "record", *_PLANNER)
+_BOTH = ("page_table", "counts", "bias", "moves", "state")  # the host's own copy, and the device's
 
 
 @dataclass
@@ -213,7 +238,10 @@ def mirrored_memory(device: Device, session: Session, weights: DeviceWeights) ->
     shapes = session.shapes()
     del shapes["flight"]
     blocks = {"descriptor": Arena(pick(shapes, DESCRIPTOR)), "readback": Arena(pick(shapes, READBACK))}
-    apart = {*DESCRIPTOR, *READBACK, *_HOST_ONLY} - {"grid", "mailbox"}  # phases look at none of these two's words
+    apart = {*DESCRIPTOR, *READBACK, *_HOST_ONLY, "swap"} - {
+        "grid",
+        "mailbox",
+    }  # phases look at none of these two's words
     inner = Arena(pick(shapes, (name for name in shapes if name not in apart)))
     base = device.allocate(inner.size + sum(block.size for block in blocks.values()), "kv.budget and buffers")
     addresses = inner.addresses(base)
@@ -224,7 +252,10 @@ def mirrored_memory(device: Device, session: Session, weights: DeviceWeights) ->
         addresses |= block.addresses(base)
         base += block.size
     descriptor, readback = mirrors
+    addresses |= swap_space(device, session.plan)
     host = {name: aligned_zeros(*shapes[name]) for name in (*_HOST_ONLY, *_BOTH)}
     host |= descriptor.host | {name: array for name, array in readback.host.items() if name != "state"}
+    n_bytes = host["moves"].nbytes
+    host["moves"] = device.locked(n_bytes)[:n_bytes].view(layout.MOVE.dtype)
     start_values(host, session.plan)
     return session.memory(device, weights, shapes, host, addresses), descriptor, readback

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+from xlpk import layout
 from xlpk.backend import BackendReport
 from xlpk.backends.launched import LaunchedBackend, Shape
+
+_MOVE = layout.PHASE_NAMES.index("move")
 
 
 class GraphBackend(LaunchedBackend):
@@ -20,9 +24,12 @@ class GraphBackend(LaunchedBackend):
 
     def _start(self) -> None:
         super()._start()
-        for filters in (False, True):
-            for patched in (False, True):
-                self._capture(Shape(filters, patched))
+        never = {_MOVE} if self._plan.swap_pages == 0 else set()
+        optional = sorted(set(layout.OPTIONAL) - never)
+        for count in range(len(optional) + 1):
+            for left_out in itertools.combinations(optional, count):
+                for patched in (False, True):
+                    self._capture(Shape(frozenset(left_out) | never, patched))
         self._report.details["graphs"] = str(len(self._graphs))
 
     def _capture(self, shape: Shape) -> None:

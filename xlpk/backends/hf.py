@@ -67,6 +67,7 @@ class HfBackend:
         self._alone = choice.cache == "static" or not isinstance(self.spec, NoSpec)
         self._most_running = 1 if self._alone else max_num_seqs
         self._waiting: deque[Request] = deque()
+        self._deadlines: dict[int, int] = {}  # request id -> host clock, ns
         self._prefilling: deque[Running] = deque()
         self._running: list[Running] = []
         self._events: list[Event] = []
@@ -139,18 +140,27 @@ class HfBackend:
         if len(self._waiting) >= RING:
             return False
         self._waiting.append(request)
+        if request.deadline_ms:
+            self._deadlines[request.request_id] = time.monotonic_ns() + round(request.deadline_ms * 1e6)
         return True
 
     def cancel(self, request_id: int) -> None:
+        self._end(request_id, "cancelled")
+
+    def _end(self, request_id: int, reason: str) -> None:
+        """Of a request wherever it is, if it is."""
         for request in [r for r in self._waiting if r.request_id == request_id]:
             self._waiting.remove(request)
-            self._events.append(Finished(request_id, self._n_steps, *self._now(), "cancelled", 0))
+            self._events.append(Finished(request_id, self._n_steps, *self._now(), reason, 0))
         for one in [one for one in (*self._prefilling, *self._running) if one.request.request_id == request_id]:
-            self._finish(one, "cancelled")
+            self._finish(one, reason)
             self._forget([one])
 
     def poll(self) -> list[Event]:
         if self._net is not None:
+            for request_id in [one for one, at_ns in self._deadlines.items() if at_ns <= time.monotonic_ns()]:
+                del self._deadlines[request_id]
+                self._end(request_id, "deadline")
             self._admit()
             with self._memory(), self._torch.inference_mode():
                 if self._prefilling:

@@ -17,6 +17,7 @@ from xlpk.backend import Event
 from xlpk.backends.gpu import STOP_S, GpuBackend
 from xlpk.backends.gpu_device import Call
 from xlpk.backends.gpu_memory import DESCRIPTOR, READBACK, GpuMemory, Session, mirrored_memory
+from xlpk.backends.memory import unheld_pages
 from xlpk.backends.upload import DeviceWeights
 from xlpk.errors import BackendError, InputError
 
@@ -27,7 +28,7 @@ _CONTROL = layout.PHASE_NAMES.index("control")
 class Shape(NamedTuple):
     """What of a step changes its launches; rows are read from the descriptor."""
 
-    filters: bool  # some sampled row goes through the filter phase
+    left_out: frozenset[int]  # optional phases that it does not run
     patched: bool  # the page table or the counts changed
 
 
@@ -52,7 +53,7 @@ class LaunchedBackend(GpuBackend):
     def _start(self) -> None:
         memory, library = self._memory, self.library
         assert memory is not None
-        slots, vocab = self.limits.max_num_seqs, self._model.config.vocab_size
+        slots, vocab = self.limits.slots, self._model.config.vocab_size
         self._report.clock_error_ns = library.clock_error_ns()
         self._patch = self._function("xl_apply_patches"), self._arguments()
         names = dict.fromkeys(phase for phase, _ in layout.phase_sequence(1))
@@ -61,14 +62,15 @@ class LaunchedBackend(GpuBackend):
             (phase, (functions[phase], self._arguments(layer)))
             for phase, layer in layout.phase_sequence(self._model.config.num_hidden_layers)
         ]
-        self._calls: dict[bool, list[Call]] = {  # by whether there is a filter phase
-            filters: [call for phase, call in calls if phase != _FILTER or filters] for filters in (False, True)
-        }
+        self._calls = calls
         # What the device has: see xl_collect_patches.
-        self._sent_pages = np.zeros_like(memory["page_table"])
+        table = memory["page_table"]
+        self._sent_pages = self.device.locked(table.nbytes).view(np.int32).reshape(table.shape)
+        self._sent_pages[:] = 0
         self._sent_ids = np.zeros(slots, np.uint64)
         self._counted = np.zeros(slots, np.int32)
-        self._fresh = np.zeros(slots, np.int32)
+        self._fresh, self._tables = np.zeros((2, slots), np.int32)
+        self._n_rows = np.zeros(2, np.int32)
         self._row = self.device.locked(2 * vocab * 4).view(np.int32).reshape(2, vocab)
         self._back = self._readback.host
         self._device_state = np.zeros(1, layout.LOOP_STATE.dtype)  # as the last step left it
@@ -98,26 +100,35 @@ class LaunchedBackend(GpuBackend):
         self._take_times()
 
     def _prepare(self) -> Shape:
-        """Completes the descriptor; sends the rows of counts and biases of requests that are new."""
+        """Completes the descriptor; sends whole rows where much is new: page tables, counts and biases."""
         memory = self._memory
         assert memory is not None
-        fresh = self.library.dll.xl_collect_patches(
+        patches = self.library.dll.xl_collect_patches(
             self._params,
             self._dims,
             self._sent_pages.ctypes.data,
             self._sent_ids.ctypes.data,
             self._counted.ctypes.data,
             self._fresh.ctypes.data,
+            self._tables.ctypes.data,
+            self._n_rows.ctypes.data,
             memory["patches"].size,
         )
-        if fresh < 0:
+        if patches < 0:
             raise BackendError(
                 f"a step changed more than {memory['patches'].size} words of the page table and the counts"
             )
-        for slot in self._fresh[:fresh].tolist():
+        n_fresh, n_tables = self._n_rows.tolist()
+        for slot in self._fresh[:n_fresh].tolist():
             self._send_adjustments(slot)
+        for slot in self._tables[:n_tables].tolist():
+            row = self._sent_pages[slot]
+            self.device.copy_in(memory.device["page_table"] + slot * row.nbytes, row)
         step = memory["step"][0]
-        return Shape(bool(step["n_filter_rows"]), bool(step["n_page_patches"] or step["n_count_patches"]))
+        if n_moves := int(step["n_moves"]):
+            self.device.copy_in(memory.device["moves"], memory["moves"][:n_moves])
+        left_out = frozenset(phase for phase, field in layout.OPTIONAL.items() if not step[field])
+        return Shape(left_out, bool(step["n_page_patches"] or step["n_count_patches"]))
 
     def _send_adjustments(self, slot: int) -> None:
         """Once a request: its counts and biases."""
@@ -139,14 +150,15 @@ class LaunchedBackend(GpuBackend):
         device.copy_in(descriptor.device_address, descriptor.bytes)
         if shape.patched:
             self._launch([self._patch])
-        calls = self._calls[shape.filters]
+        calls = [call for phase, call in self._calls if phase not in shape.left_out]
         if self.sync == "step":
             self._launch(calls)
         else:
             for call in calls:
                 self._launch([call])
                 device.synchronize(self._hang_s)
-        size = readback.arena.size if shape.filters else readback.arena.offsets["row_logprobs"]
+        logprobs = _FILTER not in shape.left_out
+        size = readback.arena.size if logprobs else readback.arena.offsets["row_logprobs"]
         device.copy_out(readback.bytes[:size], readback.device_address)
 
     def _launch(self, calls: Sequence[Call]) -> None:
@@ -164,7 +176,7 @@ class LaunchedBackend(GpuBackend):
 
     def _stop(self) -> bool:
         assert self._memory is not None
-        self._free_pages = int(self._memory["state"]["n_free_pages"][0])
+        self._free_pages = unheld_pages(self._memory["state"])
         ended = self.device.wait(STOP_S)
         self._report.syncs += 1
         self._forget_mirrors()
@@ -173,8 +185,8 @@ class LaunchedBackend(GpuBackend):
     def _forget_mirrors(self) -> None:
         """Drops every view of page-locked memory: the device frees it whoever still looks at it."""
         assert self._memory is not None
-        for name in ("_descriptor", "_readback", "_back", "_row"):
+        for name in ("_descriptor", "_readback", "_back", "_row", "_sent_pages"):
             self.__dict__.pop(name, None)
-        for name in (*DESCRIPTOR, *READBACK):
+        for name in (*DESCRIPTOR, *READBACK, "moves"):
             if name != "state":  # the host's own
                 self._memory.host.pop(name, None)

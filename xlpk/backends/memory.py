@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xlpk import layout
-from xlpk.kv import KVPlan
+from xlpk.kv import EVICTIONS, KVPlan
 from xlpk.model import Model, ModelConfig
 from xlpk.speculation import Acceptance, Forced, Ngram, Oracle, Proposer
 
@@ -31,6 +31,14 @@ class Limits:
     max_num_seqs: int  # requests that run at once
     max_step_rows: int
     prefill_chunk: int
+    max_waiting: int = 256  # submissions that the loop holds back; a power of two
+    policy: layout.Policy = layout.Policy.FCFS
+    ageing_steps: int = 64
+
+    @property
+    def slots(self) -> int:
+        """Requests whose tokens are on the device: those that run, and as many that wait."""
+        return 2 * self.max_num_seqs
 
 
 def power_of_two_at_least(count: int) -> int:
@@ -41,12 +49,13 @@ def buffer_table(
     config: ModelConfig, plan: KVPlan, limits: Limits, *, warps: int, logits: bool
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
     """name -> (shape, dtype) of every buffer but weights. `warps`: of one team, for scratch."""
-    rows, slots, max_len = limits.max_step_rows, limits.max_num_seqs, plan.max_len
+    rows, slots, max_len = limits.max_step_rows, limits.slots, plan.max_len
     heads, head_dim = config.num_attention_heads, config.head_dim
     spans = -(-max_len // layout.ATTENTION_SPAN)
     f32, i32 = np.float32, np.int32
-    submissions = 256
-    events = power_of_two_at_least(max(16384, 8 * slots * (layout.MAX_BLOCK + 1)))
+    submissions = power_of_two_at_least(limits.max_waiting)
+    prompts = power_of_two_at_least(max(4 * max_len + 4 * layout.MAX_BIAS, 64 * submissions))
+    events = power_of_two_at_least(max(16384, 8 * slots * (layout.MAX_BLOCK + 3)))
     return {
         "kv": ((plan.total_bytes,), np.uint8),
         "x": ((rows, config.hidden_size), f32),
@@ -66,9 +75,11 @@ def buffer_table(
         "mailbox": ((1,), layout.MAILBOX.dtype),
         "grid": ((1,), layout.GRID_STATE.dtype),
         "submissions": ((submissions,), layout.SUBMISSION.dtype),
-        "prompts": ((power_of_two_at_least(4 * max_len + 4 * layout.MAX_BIAS),), i32),
+        "prompts": ((prompts,), i32),
         "cancels": ((submissions,), np.uint64),
-        "cancelled": ((submissions,), np.uint8),
+        "queue": ((submissions,), layout.SUBMISSION.dtype),
+        "gone": ((submissions,), np.uint8),
+        "heap": ((submissions + slots,), layout.QUEUE_ENTRY.dtype),
         "events": ((events,), layout.EVENT.dtype),
         "logprobs": ((events,), layout.LOGPROBS.dtype),
         "step_records": ((8192,), layout.STEP_RECORD.dtype),
@@ -78,12 +89,18 @@ def buffer_table(
         "rows": ((rows,), layout.ROW.dtype),
         "sample_rows": ((rows,), i32),
         "slots": ((slots,), layout.SLOT.dtype),
-        "order": ((slots,), i32),
+        "order": ((limits.max_num_seqs,), i32),
         "tokens": ((slots, max_len), i32),
         "oracle": ((slots, max_len), i32),
         "page_table": ((slots, plan.pages_for(max_len)), i32),
         "free_pages": ((plan.pages,), i32),
-        "page_owner": ((plan.pages,), i32),
+        "pages": ((plan.pages,), layout.PAGE.dtype),
+        "page_tokens": ((plan.pages, plan.page_size), i32),
+        "swap": ((plan.swap_pages * plan.page_bytes,), np.uint8),
+        "swap_free": ((plan.swap_pages,), i32),
+        "swap_table": ((slots, plan.pages_for(max_len)) if plan.swap_pages else (0,), i32),
+        "moves": ((plan.pages + plan.swap_pages if plan.swap_pages else 0,), layout.MOVE.dtype),
+        "buckets": ((power_of_two_at_least(2 * plan.pages),), i32),
         "patches": ((2 * rows + slots,), layout.PATCH.dtype),
     }
 
@@ -99,11 +116,26 @@ RINGS = (
 )  # host and device reach them
 
 
+# What `start_values` sets; all else starts at zero.
+STARTED = ("free_pages", "buckets", "pages", "swap_free", "state")
+
+
 def start_values(buffers: Mapping[str, np.ndarray[Any, Any]], plan: KVPlan) -> None:
     """Sets what is not zero at the start of a session: every page is free."""
     buffers["free_pages"][:] = np.arange(plan.pages - 1, -1, -1)
-    buffers["page_owner"][:] = -1
-    buffers["state"]["n_free_pages"] = plan.pages
+    buffers["buckets"][:] = -1
+    for name in ("bucket_next", "older", "newer", "list"):
+        buffers["pages"][name] = -1
+    state = buffers["state"]
+    state["n_free_pages"] = plan.pages
+    buffers["swap_free"][:] = np.arange(plan.swap_pages - 1, -1, -1)
+    state["n_free_swap"] = plan.swap_pages
+    state["oldest"] = state["newest"] = -1
+
+
+def unheld_pages(state: np.ndarray[Any, Any]) -> int:
+    """Pages that no request holds: free ones, and those that are kept for their content."""
+    return int(state["n_free_pages"][0] + state["n_cached_pages"][0])
 
 
 def scratch_floats(config: ModelConfig, limits: Limits, *, warps: int) -> int:
@@ -134,7 +166,7 @@ def dims_record(config: ModelConfig, plan: KVPlan) -> np.ndarray[Any, Any]:
 
 
 def session_values(
-    model: Model,
+    config: ModelConfig,
     plan: KVPlan,
     limits: Limits,
     spec: Proposer,
@@ -146,12 +178,19 @@ def session_values(
     return {
         "version": layout.VERSION,
         "max_rows": limits.max_step_rows,
-        "max_slots": limits.max_num_seqs,
+        "max_running": limits.max_num_seqs,
+        "max_slots": limits.slots,
         "max_len": plan.max_len,
         "max_spans": shapes["span_max"][0][2],
         "max_slot_pages": shapes["page_table"][0][1],
         "n_pages": plan.pages,
-        "n_eos_ids": len(model.config.eos_token_ids),
+        "n_swap_pages": plan.swap_pages,
+        "n_buckets": shapes["buckets"][0][0],
+        "policy": int(limits.policy),
+        "ageing_steps": limits.ageing_steps,
+        "eviction": int(EVICTIONS[plan.eviction]),
+        "prefix_sharing": int(plan.prefix_sharing),
+        "n_eos_ids": len(config.eos_token_ids),
         "submission_capacity": shapes["submissions"][0][0],
         "prompt_capacity": shapes["prompts"][0][0],
         "event_capacity": shapes["events"][0][0],
@@ -245,7 +284,7 @@ def host_memory(
         "census_ns": int(spin_deadline_s * 1e9),
         "lease_ns": int(lease_s * 1e9),
         "scratch_floats": floats,
-        **session_values(model, plan, limits, spec, acceptance, shapes),
+        **session_values(config, plan, limits, spec, acceptance, shapes),
     }
     for name, value in values.items():
         params[name] = value

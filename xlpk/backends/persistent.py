@@ -17,6 +17,7 @@ from xlpk import layout
 from xlpk.backend import Event
 from xlpk.backends.gpu import STOP_S, GpuBackend
 from xlpk.backends.gpu_memory import GpuMemory, Session, SharedRegion, resident_memory
+from xlpk.backends.memory import unheld_pages
 from xlpk.backends.upload import DeviceWeights
 from xlpk.backends.watchdog import FLIGHT_FILE, Watchdog, where
 from xlpk.errors import BackendError, HangError
@@ -206,7 +207,7 @@ class PersistentBackend(GpuBackend):
             return False
         state = np.zeros(1, layout.LOOP_STATE.dtype)
         self.device.read(state, self._memory.device["state"])
-        self._free_pages = int(state["n_free_pages"][0])
+        self._free_pages = unheld_pages(state)
         return True
 
     def close(self) -> Any:

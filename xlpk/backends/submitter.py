@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from xlpk import layout
-from xlpk.backend import Admitted, BackendReport, Event, Finished, StepDone, Token
+from xlpk.backend import Admitted, BackendReport, Event, Finished, Preempted, Resumed, StepDone, Token
 from xlpk.backends.library import CpuLibrary
 from xlpk.backends.memory import Limits
 from xlpk.errors import BackendError, InputError
@@ -44,6 +44,9 @@ class Submitter:
         max_num_seqs: int = 16,
         max_step_rows: int = 64,
         prefill_chunk: int = 32,
+        max_waiting: int = 256,
+        policy: str = "fcfs",
+        ageing_steps: int = 64,
         spec: Proposer | None = None,
         acceptance: Acceptance | None = None,
         library: CpuLibrary | None = None,
@@ -58,7 +61,9 @@ class Submitter:
             )
         if not 1 <= self.spec.block <= min(layout.MAX_BLOCK, max_step_rows):
             raise InputError("spec.block", self.spec.block, f"1 to {min(layout.MAX_BLOCK, max_step_rows)}")
-        self.limits = Limits(max_num_seqs, max_step_rows, prefill_chunk)
+        self.limits = Limits(
+            max_num_seqs, max_step_rows, prefill_chunk, max_waiting, layout.Policy[policy.upper()], ageing_steps
+        )
         self._cache = cache
         self._library = library
         self._writing = threading.Lock()  # a ring has one writer at a time
@@ -210,6 +215,8 @@ def _submission(request: Request) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
     record["temperature"] = request.temperature
     for name in ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         record[name] = getattr(request, name)
+    record["priority"], record["share"] = request.priority, request.share_prefix
+    record["deadline_ns"] = round(request.deadline_ms * 1e6)
     record["n_logprobs"] = -1 if request.logprobs is None else request.logprobs
     record["n_bias"], record["n_target"] = len(request.logit_bias), len(request.target)
     record["target"][: len(request.target)] = request.target
@@ -222,6 +229,7 @@ def _submission(request: Request) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
 
 
 _EVENT_NAMES: Sequence[str] = layout.EVENT.dtype.names or ()
+_N_CACHED = _EVENT_NAMES.index("n_cached")
 _N_LOGPROBS = _EVENT_NAMES.index("n_logprobs")
 _STEP_NAMES: Sequence[str] = layout.STEP_RECORD.dtype.names or ()
 
@@ -231,7 +239,11 @@ def _event(record: tuple[int, ...], host_ns: int) -> Event:
     if kind == layout.EventKind.TOKEN:
         return Token(request_id, step, device_ns, host_ns, token, output_index, n_drafts, n_accepted)
     if kind == layout.EventKind.ADMITTED:
-        return Admitted(request_id, step, device_ns, host_ns)
+        return Admitted(request_id, step, device_ns, host_ns, record[_N_CACHED])
+    if kind == layout.EventKind.PREEMPTED:
+        return Preempted(request_id, step, device_ns, host_ns)
+    if kind == layout.EventKind.RESUMED:
+        return Resumed(request_id, step, device_ns, host_ns, record[_N_CACHED])
     return Finished(request_id, step, device_ns, host_ns, _FINISH_REASONS[reason], output_index)
 
 

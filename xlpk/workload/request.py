@@ -43,6 +43,7 @@ class Request:
     stop: tuple[str, ...] = ()  # the engine's affair: a backend sees token ids only
     priority: int = 0  # lower is served first, as in vLLM
     deadline_ms: float = 0.0  # after `arrival_s`; 0: none
+    share_prefix: bool = True  # it may use pages of others, and leave its own to them
 
     def untimed(self) -> Request:
         """The same work without what decides when it is done: arrival, priority, deadline."""

@@ -1,0 +1,55 @@
+"""`mode=kv_pressure` and KV budgets, through the command line: causes happen, the text is that of an ample run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xlpk import run
+from xlpk.workload.shared_prefix import SharedPrefix
+
+ARGS = [
+    "tracking=none",
+    "run.warmup_steps=0",
+    "workload.requests=24",
+    "scheduler.max_num_seqs=8",
+    "workload.output_len=40",
+]
+
+
+def texts(folder: Path, *overrides: str) -> tuple[str, dict[str, float]]:
+    assert run.main([f"run.outputs={folder}", "mode=kv_pressure", *ARGS, *overrides]) == 0
+    (made,) = folder.glob("runs/*/*")
+    return (made / "text.txt").read_text(), json.loads((made / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("pressure", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_the_text_does_not_depend_on_the_budget(tmp_path: Path, pressure: float, preemption: str) -> None:
+    ample, free = texts(tmp_path / "ample", "kv.pressure=null", "mode=serial_decode", "workload=synthetic")
+    tight, metrics = texts(tmp_path / "tight", f"kv.pressure={pressure}", f"kv.preemption={preemption}", "spec=ngram")
+    assert tight == ample
+    assert free["kv/preemptions"] == 0
+    assert metrics["kv/preemptions"] > 0
+    assert metrics["kv/evictions"] > 0
+    assert (metrics["kv/moved_bytes"] > 0) == (preemption == "swap")
+    assert (metrics["kv/recomputed_tokens"] > 0) == (preemption == "recompute")
+    assert metrics["kv/usage.peak"] > 0.9
+
+
+@pytest.mark.parametrize(("prefix_len", "suffix_len"), [(128, 16), (130, 16), (48, 0), (15, 5)])
+def test_the_hit_rate_is_the_exact_one(tmp_path: Path, prefix_len: int, suffix_len: int) -> None:
+    """One request at a time, with a warm-up whose prompt is the first one's: it leaves nothing to find."""
+    shape = {"requests": 24, "prefixes": 5, "prefix_len": prefix_len, "suffix_len": suffix_len}
+    arguments = [f"workload.{key}={value}" for key, value in shape.items()]
+    one = ["scheduler.max_num_seqs=1", "workload.output_len=4", "workload.rate_per_s=inf", "tracking=none"]
+    command = [f"run.outputs={tmp_path}", "mode=serial_decode", "workload=shared_prefix", *arguments, *one]
+    assert run.main(command) == 0
+    (made,) = tmp_path.glob("runs/*/*")
+    metrics = json.loads((made / "metrics.json").read_text())
+    workload = SharedPrefix(**shape)
+    assert metrics["warmup/steps"] > 0
+    assert metrics["kv/hit_rate"] == pytest.approx(workload.expected_hit_rate(16), abs=1e-12)
+    assert (metrics["kv/hit_rate"] > 0) == (prefix_len >= 16)
