@@ -54,7 +54,7 @@ XL_FN void commit_step(const Grid& grid, const Params& p, const Dims& d, uint64_
 }
 
 // Thread 0. Plans the next step from decoding slots, their drafts, and prompt chunks. n_rows stays 0: there is nothing to do.
-XL_FN void plan_step(const Grid& grid, const Params& p, const HostWords& host, int page_size, uint64_t now_ns) {
+XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t now_ns) {
   LoopState& state = *p.state;
   Step& step = *p.step;
   StepRecord& record = *p.record;
@@ -157,7 +157,7 @@ XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Di
     team.sync();  // planning may preempt, and who drafts reads who runs
   }
   if (team.thread() == 0) {
-    if (draft_rows >= 0) plan_step(grid, p, host, d.page_size, now_ns);
+    if (draft_rows >= 0) plan_step(grid, p, d.page_size, now_ns);
     store_release_system(&p.mailbox->event_tail, state.event_tail, state.step_tail);  // whoever sees a step sees its events
     publish_round(p);
     end_phase(state, Phase::kControl);

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from xlpk import bench_control
 from xlpk.backends.library import usable_cores
 from xlpk.bench_report import print_report, spread, summarise
 from xlpk.bench_startup import first_token, print_startup, startup
@@ -191,6 +192,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--buffer-mib", type=int, default=2048, help="MiB read to measure bandwidth")
     parser.add_argument("--quick", action="store_true", help="the tiny model, one round: does it work at all")
     parser.add_argument("--startup", action="store_true", help="only what a run costs beside its measurement")
+    parser.add_argument("--control", action="store_true", help="only how fast the control plane decides, alone")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the JSON goes to OUTPUTS/bench")
     parser.add_argument("--cache", type=Path, default=None, help="builds, files for peers; default: OUTPUTS/cache")
     args = parser.parse_args(argv)
@@ -276,6 +278,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = startup(args.cache, args.rounds)
             print_startup(report)
             print(json.dumps(report))
+        elif args.control:
+            rows = bench_control.measure(args.cache)
+            bench_control.print_control(rows)
+            print(json.dumps(rows))
         else:
             bench(args)
     except (InputError, ToolError) as error:

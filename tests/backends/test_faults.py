@@ -137,6 +137,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.heavy
 def test_the_run_folder_removed_while_running(tmp_path: Path) -> None:
     with running(tmp_path, *QUIET, "workload.requests=40") as process:
         shutil.rmtree(only_run(tmp_path))

@@ -284,6 +284,7 @@ def test_every_case_runs_and_reads_what_it_should(tmp_path: Path, cases: Any) ->
     assert None not in last.values()
 
 
+@pytest.mark.heavy
 @needs_nvcc
 @pytest.mark.usefixtures("warm")
 def test_a_run_that_is_cut_short_says_what_it_left_and_goes_on(tmp_path: Path, cases: Any) -> None:

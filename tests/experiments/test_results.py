@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from xlpk.speculation import Oracle
+from xlpk.workload.shared_prefix import SharedPrefix
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -43,6 +45,24 @@ def test_forced_rejections_are_the_closed_form() -> None:
         n_output = int(row["requests/output_tokens"]) // requests
         expected = tuple(requests * count for count in spec.expected(n_output))
         assert tuple(int(row[f"spec/{name}"]) for name in ("verifications", "proposed", "accepted")) == expected
+
+
+def test_prefixes_are_found_as_the_formula_says_and_slru_keeps_most() -> None:
+    config = yaml.safe_load((ROOT / "conf" / "experiment" / "prefix_sharing.yaml").read_text())["workload"]
+    shape = {key: config[key] for key in ("requests", "prefixes", "prefix_len", "suffix_len")}
+    found = {(row["kv.budget"], row["kv.eviction"]): float(row["kv/hit_rate"]) for row in rows("prefix_sharing")}
+    ample = {policy: rate for (budget, policy), rate in found.items() if budget == "2048pages"}
+    assert set(ample.values()) == {SharedPrefix(**shape).expected_hit_rate(16)}
+    for budget in ("80pages", "40pages"):
+        assert found[budget, "fifo"] < found[budget, "lru"] < found[budget, "slru"] < ample["lru"]
+
+
+def test_pressure_preempts_and_swap_computes_nothing_again() -> None:
+    for row in rows("kv_pressure_grid"):
+        tight, swaps = float(row["kv.pressure"]) < 1, row["kv.preemption"] == "swap"
+        assert (int(row["kv/preemptions"]) > 0) == tight
+        assert (int(row["kv/moved_bytes"]) > 0) == (tight and swaps)
+        assert (int(row["kv/recomputed_tokens"]) > 0) == (tight and not swaps)
 
 
 def test_the_tiny_model_is_within_its_size_and_beats_a_compressor() -> None:

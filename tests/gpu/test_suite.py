@@ -45,6 +45,7 @@ def run(suite: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, jobs: lis
     return json.loads((out / "suite.json").read_text())["jobs"]
 
 
+@pytest.mark.heavy
 def test_time_that_is_left_is_a_jobs_deadline(
     suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_job_that_lost_the_device_goes_on(
     assert found["loses"]["exit_code"] == (0 if resume else 4)
 
 
+@pytest.mark.heavy
 def test_results_are_carried(suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """To a fresh folder of a fresh machine, which is another device: nothing that was cut off is gone on from there."""
     first, second = tmp_path / "first", tmp_path / "second"

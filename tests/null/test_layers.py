@@ -23,7 +23,7 @@ LEVELS = {
     "mlflow_fields rundata compare thresholds acceptance"
     " plots report_figures report_sections report_page",
     5: "config launchers run point sweep isolate cli conf doctor bench bench_child bench_report bench_startup "
-    "ui completion config_reference",
+    "bench_control ui completion config_reference",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 ONLY_IN = {  # library -> modules that may import it

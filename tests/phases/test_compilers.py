@@ -73,6 +73,7 @@ def test_the_wheel_gives_the_same_bits(
     same_bits(small, cpu_library, CpuLibrary(built))
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(AARCH64 is None, reason="aarch64-linux-gnu-g++ is not on PATH")
 def test_the_library_compiles_for_aarch64(tmp_path: Path) -> None:
     kernels = kernels_folder()
