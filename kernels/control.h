@@ -78,7 +78,7 @@ XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t 
   record.n_prefill = step.n_prefill;
   record.n_decode = step.n_decode;
   record.n_preempted = state.n_preempted;
-  record.n_waiting = int(state.submit_tail - state.submit_seen) + state.n_queued - state.n_preempted;
+  record.n_waiting = state.n_queued - state.n_preempted;
   record.n_preemptions = state.n_preemptions;
   record.n_evictions = state.n_evictions;
   state.n_preemptions = state.n_evictions = 0;

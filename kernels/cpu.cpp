@@ -347,11 +347,12 @@ int32_t xl_collect_patches(const Params* params, const xl::Dims* dims, int32_t* 
     const size_t begin = size_t(p.order[i]) * size_t(p.max_slot_pages), end = begin + size_t(p.slots[p.order[i]].n_pages);
     int changed = 0;
     for (size_t at = begin; at < end; ++at) changed += table[at] != p.page_table[at];
-    if (changed > kFewPages) tables[n_rows[1]++] = p.order[i];
+    const bool whole = changed > kFewPages || n + changed > capacity - p.max_rows;  // the counts need a place a row
+    if (whole) tables[n_rows[1]++] = p.order[i];
     for (size_t at = begin; at < end; ++at) {
       if (table[at] == p.page_table[at]) continue;
       table[at] = p.page_table[at];
-      if (changed <= kFewPages) add(at, table[at]);
+      if (!whole) add(at, table[at]);
     }
   }
   p.step->n_page_patches = n;

@@ -233,7 +233,7 @@ def _check_numbers(config: Config) -> None:
     if config.kv.pressure is not None and not 0 < config.kv.pressure <= 1:  # nan compares false
         raise InputError("kv.pressure", config.kv.pressure, "above 0, at most 1")
     _between("scheduler.max_waiting", config.scheduler.max_waiting, 1, 1 << 16)
-    _between("scheduler.ageing_steps", config.scheduler.ageing_steps, 0, 1 << 24)
+    _between("scheduler.ageing_steps", config.scheduler.ageing_steps, 1, 1 << 24)
     _one_of("scheduler.policy", config.scheduler.policy, [policy.name.lower() for policy in layout.Policy])
     _one_of("kv.eviction", config.kv.eviction, EVICTIONS)
     _one_of("kv.preemption", config.kv.preemption, PREEMPTIONS)

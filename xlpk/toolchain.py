@@ -55,6 +55,7 @@ class KernelResources:
     spill_store_bytes: int
     spill_load_bytes: int
     stack_bytes: int
+    shared_bytes: int  # static; what a launch asks for comes on top
 
 
 @dataclass(frozen=True)
@@ -182,14 +183,17 @@ def build_shared(source: Path, cache: Path, *, extra_flags: Sequence[str] = (), 
 
 
 def parse_ptxas(text: str) -> tuple[KernelResources, ...]:
-    """Registers, stack and spills of each kernel from `ptxas -v`."""
+    """Registers, stack, spills and static shared memory of each kernel from `ptxas -v`."""
     found = []
     for block in re.split(r"Compiling entry function ", text)[1:]:
         name = re.match(r"'([^']+)'", block)
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
         registers = re.search(r"Used (\d+) registers", block)
+        shared = re.search(r"(\d+) bytes smem", block)  # not said of a kernel that has none
         if name and frame and registers:
-            found.append(KernelResources(name[1], int(registers[1]), int(frame[2]), int(frame[3]), int(frame[1])))
+            stack, stores, loads = map(int, frame.groups())
+            static = int(shared[1]) if shared else 0
+            found.append(KernelResources(name[1], int(registers[1]), stores, loads, stack, static))
     return tuple(found)
 
 

@@ -1,23 +1,28 @@
-"""What really happens on a device in the situations that METRICS calls hazards of residency; one JSON object.
+"""What really happens on a device in the hazards of residency; one JSON object.
 
-Stop latency, the way of a word to the loop and back, submission to the first action of the scheduler, SIGSTOP and
-kill -9 of the host.
+Stop latency, the way of a word to the loop and back, submission to the first action of the scheduler, with all samples;
+SIGSTOP and kill -9 of the host; beside the resident loop, a module that is loaded lazily, and device memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from xlpk import layout
 from xlpk.backend import Admitted
+from xlpk.backends import driver, gpu_device
 from xlpk.backends.persistent import PersistentBackend
 from xlpk.errors import BackendError, InputError, ToolError
 from xlpk.isolate import leave_if_lost
@@ -26,7 +31,7 @@ from xlpk.model import load_model
 from xlpk.workload import Request
 
 CACHE = Path(__file__).resolve().parents[2] / "outputs" / "cache"
-CHILD = "--serve-for-ever"
+BESIDE_S = 15.0  # for a child that does what may wait for the loop, its own start among it
 
 
 def open_backend(**options: Any) -> PersistentBackend:
@@ -48,7 +53,7 @@ def p50(values: list[float]) -> float:
     return round(statistics.median(values), 3)
 
 
-def stop_latency_ms() -> float:
+def stop_latencies_ms() -> list[float]:
     """From the stop word to an empty stream, in the middle of work."""
     out = []
     for _ in range(5):
@@ -61,7 +66,7 @@ def stop_latency_ms() -> float:
         backend.device.wait(5.0)
         out.append((time.perf_counter() - begin) * 1e3)
         backend.close()
-    return p50(out)
+    return out
 
 
 def clock_offset_ns(backend: PersistentBackend) -> tuple[int, float]:
@@ -76,7 +81,8 @@ def clock_offset_ns(backend: PersistentBackend) -> tuple[int, float]:
     return offset_ns, width_ns / 2
 
 
-def round_trips() -> dict[str, float]:
+def round_trips() -> tuple[list[float], list[float], float]:
+    """Microseconds: a word to the loop and back; submission to admission; the error of the latter's clock."""
     backend = open_backend(idle_s=0.0)
     pings, waits = [], []
     for _ in range(2000):
@@ -90,11 +96,7 @@ def round_trips() -> dict[str, float]:
         (admitted,) = (event for event in events if isinstance(event, Admitted))
         waits.append((admitted.device_ns - offset_ns - sent) / 1e3)
     backend.close()
-    return {
-        "mapped_round_trip_us.p50": p50(pings),
-        "submission_to_admission_us.p50": p50(waits),
-        "clock_error_us": round(error_ns / 1e3, 3),
-    }
+    return pings, waits, error_ns / 1e3
 
 
 def serve_for_ever() -> None:
@@ -106,8 +108,76 @@ def serve_for_ever() -> None:
         number += 1
 
 
+@contextlib.contextmanager
+def resident() -> Iterator[PersistentBackend]:
+    """A loop that leaves at the end, when it is told to. So does the process then: what frees could wait for it."""
+    backend = open_backend(lease_s=0.0, idle_s=0.0, watch=False)
+    code = 1
+    try:
+        yield backend
+        if backend.library.dll.xl_left(backend._params):
+            raise BackendError("the loop had left before")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        backend.library.dll.xl_stop(backend._params)
+        backend.device.wait(5.0)
+        os._exit(code)
+
+
+def timed(step: str, call: Callable[[], Any]) -> Any:
+    """Prints how long it took once it has returned."""
+    begin = time.perf_counter()
+    result = call()
+    print(json.dumps([step, time.perf_counter() - begin]), flush=True)
+    return result
+
+
+def load_a_module() -> None:
+    """Loaded, its kernel asked for and launched on another stream: where the driver may bring it to the device."""
+    gpu_device.import_driver()
+    if driver.loads_eagerly():
+        raise BackendError("CUDA_MODULE_LOADING=LAZY was not heard: modules are loaded eagerly")
+    with resident() as backend:
+        module = timed("load", lambda: backend.device.cuda.module_from_buffer(backend._module.cubin))
+        retile = timed("get the function", lambda: module.get_function("xl_retile"))
+        nothing = struct.pack("=QQqiii", 0, 0, 0, 0, 1, 1)  # no unit to move
+        block = layout.GPU_THREADS, 1, 1
+        timed("launch", lambda: retile._launch_kernel((1, 1), block, nothing, 0, backend.device.copies))
+
+
+def allocate_and_free() -> None:
+    """Without the guard that refuses it."""
+    with resident() as backend:
+        backend._guard.close()
+        memory = timed("allocate", lambda: backend.device.cuda.mem_alloc(64 << 20))
+        timed("free", memory.free)
+
+
+def beside_the_loop(flag: str, what: str, *steps: str, **settings: str) -> dict[str, Any]:
+    """Seconds until each step of a child returned; None: it had not when the child was killed, or failed."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, flag],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **settings},
+    )
+    try:
+        out, err = process.communicate(timeout=BESIDE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+    returned = dict(map(json.loads, out.splitlines()))
+    found: dict[str, Any] = {f"{what}: {step}, s": returned.get(step) for step in steps}
+    if process.returncode not in (0, -signal.SIGKILL):
+        found[f"{what}: error"] = (err.splitlines() or [f"exit code {process.returncode}"])[-1]
+    return found
+
+
 def child() -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, __file__, CHILD], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, __file__, SERVE], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -125,7 +195,15 @@ def can_open_within_s(within_s: float) -> float | None:
 
 
 def main() -> None:
-    found: dict[str, Any] = {"stop_latency_ms.p50": stop_latency_ms(), **round_trips()}
+    stops_ms = stop_latencies_ms()
+    pings_us, waits_us, error_us = round_trips()
+    samples = {
+        "stop_latency_ms": stops_ms,
+        "mapped_round_trip_us": pings_us,
+        "submission_to_admission_us": waits_us,
+    }
+    found: dict[str, Any] = {f"{name}.p50": p50(values) for name, values in samples.items()}
+    found["clock_error_us"] = round(error_us, 3)
     process = child()
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGSTOP)
@@ -136,13 +214,21 @@ def main() -> None:
     process.kill()
     process.wait()
     found["another session after kill -9, s"] = can_open_within_s(20)
-    print(json.dumps(found))
+    steps = "load", "get the function", "launch"
+    found |= beside_the_loop(LOAD, "a lazily loaded module beside the loop", *steps, CUDA_MODULE_LOADING="LAZY")
+    found |= beside_the_loop(ALLOCATE, "device memory beside the loop", "allocate", "free")
+    found["another session after them, s"] = can_open_within_s(20)
+    print(json.dumps({**found, "samples": samples}))
+
+
+SERVE, LOAD, ALLOCATE = "--serve-for-ever", "--load-a-module", "--allocate-and-free"
+CHILDREN = {SERVE: serve_for_ever, LOAD: load_a_module, ALLOCATE: allocate_and_free}
 
 
 if __name__ == "__main__":
     code = 1
     try:
-        serve_for_ever() if CHILD in sys.argv else main()
+        CHILDREN.get(sys.argv[-1], main)()
         code = 0
     except (BackendError, InputError, ToolError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,8 +4,8 @@
 
 Each job is a process with a deadline, and all end within `--seconds`; what one found is in `suite.json` as soon as it
 ends. Jobs that are in it are not run again, but those that `--seconds` cut off are. Without `--out` results go to
-`experiments/results/<device>/`, from which they are committed; the stand-in driver may not write there. `suite.md` is
-the same for people.
+`experiments/results/<device>/`, from which they are committed; the stand-in driver may not write under `experiments`.
+`suite.md` is the same for people.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-RESULTS = ROOT / "experiments" / "results"
 SCHEMA = 1
 ORCHESTRATIONS = "persistent,graph,launched,launched_phase"
 TRANSFORMERS = "hf,hf_static,hf_compiled"
-SUITE = ("contract", "gpu_resident", "equality", "sampling", "gpu_sweep")  # tests/backends/test_*.py
+# tests/backends/test_*.py. Not `counters`, which compares with the stand-in's own.
+SUITE = ("contract", "gpu_resident", "equality", "sampling", "gpu_sweep", "gpu_upload", "cancel", "modes")
 LEAST_S = 15.0  # with less time left no job is begun
 LOST = 4  # exit code of a process that lost the device
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 FILES = ("suite.json", "microbench.json")  # what another run goes on from
 
 
@@ -134,7 +135,7 @@ def jobs(out: Path) -> list[Job]:
         Job("llama_1b_shape transformers", [*peer, *big, *shape], 400, swept, skip=no_transformers),
         Job("numerics", [*pytest, "-m", "heavy", str(ROOT / "tests" / "gpu")], 200, lines),
         Job("agreement", agreement, 300, as_json),
-        Job("hazards", [python, str(HERE / "hazards.py")], 120, as_json),
+        Job("hazards", [python, str(HERE / "hazards.py")], 180, as_json),
         Job("launch_tax", tax, 200, swept),
     ]
     for name in SUITE:
@@ -196,6 +197,25 @@ def run_process(command: list[str], where: Path, deadline_s: float) -> subproces
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, by the kernel's own word or else by the management library's."""
+    try:
+        first = KERNEL_MODULE.read_text().partition("\n")[0]
+    except OSError:
+        first = ""
+    if found := re.search(r"(?<= )\d+\.\d+(\.\d+)?(?= )", first):
+        return found[0]
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except Exception:  # of an optional package, or of a machine without the library
+        return None
+    return str(version)
+
+
 def machine() -> dict[str, Any]:
     """Which device, driver and commit."""
     from xlpk.backends import driver
@@ -207,6 +227,7 @@ def machine() -> dict[str, Any]:
         "schema": SCHEMA,
         "device": cuda.Device(0).name(),
         "uuid": driver.device_uuid(0),
+        "driver": nvidia_driver(),
         "driver_cuda": list(driver.driver_version()),
         "commit": git.stdout.strip() or None,
         "python": sys.version.split()[0],
@@ -276,10 +297,35 @@ def read_bandwidth(suite: dict[str, Any]) -> float | None:
     return float(value) if value else None
 
 
+def link_bandwidth(suite: dict[str, Any]) -> float | None:
+    """GB/s from page-locked host memory to the device: of the doctor's line."""
+    for finding in suite["jobs"].get("doctor", {}).get("result") or []:
+        if finding["name"] == "device 0: link" and (rate := re.match(r"[\d.]+", finding["value"])):
+            return float(rate[0])
+    return None
+
+
+def speed_rows(speed: dict[str, Any], link_gb_per_s: float | None) -> list[str]:
+    """The table of speed.py; uploads beside the link's copy rate."""
+    columns = {
+        "weights in": "weight_layout", "device ITL p50, us": "itl_us.p50", "p99, us": "itl_us.p99",
+        "weights, GB/s": "weights_gb_per_s", "upload, GB/s": "upload_gb_per_s",
+    }  # fmt: skip
+    titles = ["flight recorder", *columns, "of the link's rate"]
+    out = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for one in speed["runs"]:
+        rate = one["upload_gb_per_s"]
+        share = f"{rate / link_gb_per_s:.0%}" if rate and link_gb_per_s else "-"
+        cells = ("on" if one["flight"] else "off", *(one[key] for key in columns.values()), share)
+        out.append(f"| {' | '.join(map(str, cells))} |")
+    return out
+
+
 def markdown(suite: dict[str, Any]) -> str:
     """The suite for people: states of the jobs, the doctor's lines, the tables of the sweeps."""
     about = suite["machine"]
-    out = [f"# {about['device']}", "", f"Commit `{about['commit']}`, CUDA {about['driver_cuda']}, {about['date']}.", ""]
+    driver = f"driver {about['driver'] or 'unknown'} (CUDA {'.'.join(map(str, about['driver_cuda']))})"
+    out = [f"# {about['device']}", "", f"Commit `{about['commit']}`, {driver}, {about['date']}.", ""]
     out += ["| job | exit code | seconds |", "|---|---|---|"]
     for name, job in suite["jobs"].items():
         code = f"not run: {job['skipped']}" if job.get("skipped") else job["exit_code"]
@@ -289,14 +335,7 @@ def markdown(suite: dict[str, Any]) -> str:
     speed = suite["jobs"].get("speed", {}).get("result", {})
     if speed.get("runs"):
         out += ["", f"## speed: {speed['model']}, {speed['prompt_len']} + {speed['output_len']} tokens, batch 1", ""]
-        out += [
-            "| flight recorder | weights in | device ITL p50, us | p99, us | weights, GB/s |",
-            "|---|---|---|---|---|",
-        ]
-        for one in speed["runs"]:
-            figures = (one[name] for name in ("weight_layout", "itl_us.p50", "itl_us.p99", "weights_gb_per_s"))
-            cells = ("on" if one["flight"] else "off", *figures)
-            out.append(f"| {' | '.join(map(str, cells))} |")
+        out += speed_rows(speed, link_bandwidth(suite))
     for name in ("launch_tax", "llama_1b_shape", "llama_1b_shape transformers"):
         points = suite["jobs"].get(name, {}).get("result")
         if points:
@@ -306,7 +345,10 @@ def markdown(suite: dict[str, Any]) -> str:
         out += ["", "## The tiny model beside the oracle, float32 and the CPU", "", *agreement_rows(agreement)]
     hazards = suite["jobs"].get("hazards", {}).get("result", {})
     if hazards:
-        out += ["", "## hazards", "", *(f"- {name}: {value}" for name, value in hazards.items())]
+        shown = {
+            name: "not in time" if value is None else value for name, value in hazards.items() if name != "samples"
+        }
+        out += ["", "## hazards", "", *(f"- {name}: {value}" for name, value in shown.items())]
     return "\n".join(out) + "\n"
 
 
@@ -320,12 +362,11 @@ def main() -> int:
     args = parser.parse_args()
     begin = time.monotonic()
     about = machine()
-    if args.out is None and "stand-in" in about["device"]:
-        print("the stand-in driver may not write results: give --out FOLDER", file=sys.stderr)
-        return 2
-    out = (args.out or RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", about["device"]).strip("-").lower()).resolve()
-    if "stand-in" in about["device"] and out.is_relative_to(RESULTS):
-        print(f"the stand-in driver may not write results into {RESULTS}", file=sys.stderr)
+    device = re.sub(r"[^A-Za-z0-9]+", "-", about["device"]).strip("-").lower()
+    experiments = ROOT / "experiments"
+    out = (args.out or experiments / "results" / device).resolve()
+    if "stand-in" in about["device"] and out.is_relative_to(experiments):
+        print(f"the stand-in driver may not write results under {experiments}: give --out FOLDER", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES if args.earlier else ():

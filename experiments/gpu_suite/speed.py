@@ -2,7 +2,8 @@
 
     python experiments/gpu_suite/speed.py [--model NAME] [--output-len N] [--turns N]
 
-Gaps between tokens are the device clock's; the weights' rate is their bytes over the median gap.
+Gaps between tokens are the device clock's, in order; the weights' rate is their bytes over the median gap. The upload's
+rate has all in it, from the allocation to the last byte's arrival.
 """
 
 from __future__ import annotations
@@ -46,14 +47,17 @@ def measure(model: Model, library: CpuLibrary, flight: bool, weight_layout: str,
         backend.close()
     gaps_us = np.diff(stamps_ns) / 1e3
     p50_us = float(np.median(gaps_us))
+    upload_s = float(details["upload_seconds"])
     return {
         "flight": flight,
         "weight_layout": weight_layout,
         "itl_us.p50": round(p50_us, 2),
         "itl_us.p99": round(float(np.percentile(gaps_us, 99)), 2),
         "weights_gb_per_s": round(model.weights.nbytes / p50_us / 1e3, 1),
-        "upload_seconds": float(details["upload_seconds"]),
+        "upload_seconds": upload_s,
+        "upload_gb_per_s": round(int(details["upload_bytes"]) / upload_s / 1e9, 2) if upload_s else None,
         "build_seconds": float(details["build_seconds"]),
+        "gaps_us": gaps_us.tolist(),
     }
 
 

@@ -59,9 +59,10 @@ XL_FN FinishReason finish_reason_of(const Params& p, int slot_id, int token) {
 XL_FN void finish_slot(const Grid& grid, const Params& p, int page_size, int slot_id, uint64_t now_ns, FinishReason reason) {
   Slot& slot = p.slots[slot_id];
   write_finished(p, slot.request_id, now_ns, reason, slot.length - slot.prompt_len);
-  stage_kv_publish(grid, p, page_size, slot_id, slot.computed < slot.length ? slot.computed : slot.length);
+  // Pages that were to come back from the swap space, and did not, hold nothing that others may find.
+  const bool stored = !drop_moves(p, slot_id);
+  if (stored) stage_kv_publish(grid, p, page_size, slot_id, slot.computed < slot.length ? slot.computed : slot.length);
   stage_kv_shrink(grid, p, page_size, slot_id, 0);
-  drop_moves(p, slot_id);
   release_swap(p, slot_id);
   if (slot.state == int(SlotState::kPreempted)) --p.state->n_preempted;
   slot.row_count = 0;
@@ -74,9 +75,9 @@ XL_FN void write_logprobs(const Params& p, const Slot& slot, int i, int token) {
   if (slot.n_logprobs < 0) return;
   const int first = slot.state == int(SlotState::kDecode) ? slot.row_begin : slot.row_begin + slot.row_count - 1;
   const int sampled = p.rows[first + i].sample_row;
-  Logprobs& out = ring_entry(p.logprobs, p.event_capacity, p.state->event_tail);
-  out = p.row_logprobs[sampled];
-  out.token = (token == unpack_token(p.best[2 * size_t(sampled)]) ? out.keyed : out.greedy) - out.log_sum;
+  Logprobs found = p.row_logprobs[sampled];
+  found.token = (token == unpack_token(p.best[2 * size_t(sampled)]) ? found.keyed : found.greedy) - found.log_sum;
+  ring_entry(p.logprobs, p.event_capacity, p.state->event_tail) = found;
 }
 
 // Commits what verification emitted for one slot. `record` gathers the step's counts. True: the request has finished.

@@ -35,7 +35,7 @@ XL_FN int find_ngram(Team& team, const Params& p, const int32_t* tokens, int len
   return -1;
 }
 
-// Sets drafts and n_drafts of every decoding slot. `rows` drafts at most over all of them, oldest requests first: over the row
+// Sets drafts and n_drafts of every decoding slot. `rows` drafts at most over all of them, smallest rank first: over the row
 // cap drafts give way first.
 template <class Team, class Dims>
 XL_FN void stage_draft(Team& team, const Params& p, const Dims& d, int rows) {

@@ -79,7 +79,7 @@ XL_FN void hold_shared_prefix(const Params& p, int page_size, int slot_id, const
   const int32_t* table = page_table_of(p, slot_id);
   for (int i = 0; i < found.n_pages; ++i) {
     hold_page(p, table[i]);
-    ++p.pages[table[i]].hits;
+    p.pages[table[i]].hits += slot.state == int(SlotState::kWaiting);  // who comes back finds its own
   }
   slot.n_pages = slot.n_addressable = found.n_pages;
   slot.computed = found.n_pages * page_size;

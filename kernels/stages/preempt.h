@@ -30,11 +30,19 @@ XL_FN void preempt_last(const Grid& grid, const Params& p, int page_size, uint64
 // Pages of committed rows. A prefill that finds none in front of the others waits, with the pages that it has.
 XL_FN void secure_pages(const Grid& grid, const Params& p, int page_size, uint64_t now_ns) {
   LoopState& state = *p.state;
+  int rows = p.max_rows;  // that prompts may take
+  for (int i = 0; i < state.n_order; ++i) {
+    const Slot& slot = p.slots[p.order[i]];
+    if (slot.state == int(SlotState::kDecode)) rows -= 1 + slot.n_drafts;
+  }
   for (int i = 0; i < state.n_order; ++i) {
     const int slot_id = p.order[i];
     const Slot& slot = p.slots[slot_id];
     const bool decodes = slot.state == int(SlotState::kDecode);
-    const int tokens = decodes ? slot.length : slot.computed + chunk_of(p, slot);
+    int chunk = decodes ? 0 : chunk_of(p, slot);
+    if (chunk > rows) chunk = rows > 0 ? rows : 0;
+    rows -= chunk;
+    const int tokens = decodes ? slot.length : slot.computed + chunk;
     while (!stage_kv_extend(grid, p, page_size, slot_id, tokens)) {
       const bool last = i == state.n_order - 1;
       if (last && i == 0 && slot.n_pages * page_size <= slot.computed) return grid.abort(AbortReason::kNoFreePage);

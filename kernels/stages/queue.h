@@ -58,11 +58,4 @@ XL_FN void queue_remove(const Params& p, int at) {
   queue_settle(p, at);
 }
 
-// Where the request with this number waits, or -1. Walks the heap: for cancellations and deadlines.
-XL_FN int queue_find(const Params& p, uint64_t number) {
-  for (int at = 0; at < p.state->n_queued; ++at)
-    if (p.heap[at].number == number) return at;
-  return -1;
-}
-
 }  // namespace xl

@@ -112,10 +112,14 @@ XL_FN void take_cancellations(const Grid& grid, const Params& p, const HostWords
   if (state.cancel_head == host.cancel_tail) return;
   for (; state.cancel_head < host.cancel_tail && free_events(p, host) > events_per_round(p); ++state.cancel_head) {
     const uint64_t id = ring_entry(p.cancels, p.submission_capacity, state.cancel_head);
-    for (int i = 0; i < state.n_order; ++i)
-      if (p.slots[p.order[i]].request_id == id) finish_running(grid, p, page_size, i, now_ns, FinishReason::kCancelled);
-    for (int at = 0; at < state.n_queued; ++at)
-      if (queued_id(p, p.heap[at]) == id) finish_queued(grid, p, page_size, at, now_ns, FinishReason::kCancelled);
+    int i = 0, at = 0;
+    while (i < state.n_order && p.slots[p.order[i]].request_id != id) ++i;
+    if (i < state.n_order) {
+      finish_running(grid, p, page_size, i, now_ns, FinishReason::kCancelled);
+      continue;
+    }
+    while (at < state.n_queued && queued_id(p, p.heap[at]) != id) ++at;
+    if (at < state.n_queued) finish_queued(grid, p, page_size, at, now_ns, FinishReason::kCancelled);
   }
   store_release_system(&p.mailbox->cancel_head, state.cancel_head);
 }
@@ -185,7 +189,7 @@ XL_FN void copy_prompt(Team& team, const Params& p, int slot_id) {
     oracle[i] = ring_entry(p.prompts, p.prompt_capacity, answers + uint64_t(i));
 }
 
-// The team clears the slot's counts and biases, thread 0 enters the prompt's tokens and the bias pairs.
+// The team clears the slot's counts and biases and enters the bias pairs, whose tokens differ; thread 0 enters the prompt's tokens.
 template <class Team, class Dims>
 XL_FN void prepare_adjustments(Team& team, const Params& p, const Dims& d, int slot_id) {
   const Slot& slot = p.slots[slot_id];
@@ -198,14 +202,14 @@ XL_FN void prepare_adjustments(Team& team, const Params& p, const Dims& d, int s
     bias[i] = 0.0f;
   }
   team.sync();
-  if (team.thread() != 0) return;
-  const int32_t* tokens = tokens_of(p, slot_id);
-  for (int i = 0; i < slot.prompt_len; ++i) counts[tokens[i]] = kSeenInPrompt;
   const uint64_t pairs = submission.prompt_begin + uint64_t(submission.prompt_len) + uint64_t(submission.oracle_len);
-  for (int i = 0; i < slot.n_bias; ++i) {
+  for (int i = team.thread(); i < slot.n_bias; i += Team::threads) {
     const int token = ring_entry(p.prompts, p.prompt_capacity, pairs + 2 * uint64_t(i));
     bias[token] = from_bits(uint32_t(ring_entry(p.prompts, p.prompt_capacity, pairs + 2 * uint64_t(i) + 1)));
   }
+  if (team.thread() != 0) return;
+  const int32_t* tokens = tokens_of(p, slot_id);
+  for (int i = 0; i < slot.prompt_len; ++i) counts[tokens[i]] = kSeenInPrompt;
 }
 
 // Pages that running requests still lack for the sequences with which they were admitted.

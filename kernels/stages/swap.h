@@ -50,13 +50,15 @@ XL_FN void release_swap(const Params& p, int slot_id) {
   slot.swapped_tokens = 0;
 }
 
-// Copies that were ordered for a slot and not carried out, since no step could be planned, are dropped. Walks the list.
-XL_FN void drop_moves(const Params& p, int slot_id) {
+// Copies that were ordered for a slot and not carried out, since no step could be planned, are dropped; whether there were any. Walks the list.
+XL_FN bool drop_moves(const Params& p, int slot_id) {
   LoopState& state = *p.state;
   int kept = 0;
   for (int i = 0; i < state.n_moves; ++i)
     if (p.moves[i].slot != slot_id) p.moves[kept++] = p.moves[i];
+  const bool dropped = kept < state.n_moves;
   state.n_moves = kept;
+  return dropped;
 }
 
 }  // namespace xl

@@ -10,9 +10,9 @@ import kinds
 import numpy as np
 import pytest
 from checkpoints import make_case
-from drive import Result, run
+from drive import Output, Result, gather, run
 
-from xlpk.kv import KV
+from xlpk.kv import KV, KVPlan
 from xlpk.model import Model, load_model
 from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
 from xlpk.workload import Request
@@ -224,3 +224,55 @@ def test_shared_prefixes(model: Model) -> None:
     assert result.tokens == apart
     computed = sum(step.values["n_prefill_rows"] for step in result.steps)
     assert computed <= 4 * 281 - 2 * 272
+
+
+def test_ranks_and_deadlines(model: Model) -> None:
+    """One place: the better priority first, under its own text; what is late ends with what it has."""
+    prompts = [request.prompt for request in make_requests(model, 5)]
+    slow = Request(9, prompts[1], 60, ignore_eos=True)
+    ranked = [Request(i, prompts[i], 6, ignore_eos=True, priority=p, seed=i) for i, p in enumerate((3, 1, 2))]
+    late = Request(8, prompts[3], 6, ignore_eos=True, priority=9, deadline_ms=0.01)
+    result = run(
+        model, [slow, *ranked, late], threads=1, max_num_seqs=1, policy="priority", ageing_steps=10_000, max_waiting=8
+    )
+    order = sorted((0, 1, 2), key=lambda i: result.outputs[i].admitted_step)
+    assert order == [1, 2, 0]
+    assert result.outputs[8].reason == "deadline"
+    assert not result.tokens[8]
+    for request in ranked:
+        assert result.tokens[request.request_id] == alone(model, [request])[request.request_id]
+
+
+def test_cancelling_over_a_full_ring_runs_whole_steps(
+    model: Model, serial: Callable[[Model], dict[int, list[int]]]
+) -> None:
+    """A ring of one: the owner's second cancellation makes room for itself while requests run. No step is skipped."""
+    plan = KVPlan.make(KV(budget="4096pages"), model.config, model.weights.dtype, 512)
+    backend = kinds.make(threads=2, max_waiting=1, max_num_seqs=4)
+    requests = make_requests(model, 3)
+    outputs, steps = {request.request_id: Output() for request in requests}, []
+    backend.open(model, plan)
+    try:
+        waiting = list(requests)
+        while waiting or not all(output.reason for output in outputs.values()):
+            while waiting and backend.submit(waiting[0]):
+                waiting.pop(0)
+            for unknown in (900, 901, 902):
+                backend.cancel(unknown)
+            gather(backend.poll(), outputs, steps)
+    finally:
+        backend.close()
+    assert {i: output.tokens for i, output in outputs.items()} == {i: serial(model)[i] for i in range(3)}
+
+
+def test_many_prompts_at_once(model: Model) -> None:
+    """Whole chunks for more requests than the step has rows: page tables change in many places at once."""
+    rng = np.random.default_rng(8)
+    requests = [
+        Request(i, tuple(rng.integers(0, model.config.vocab_size, 40).tolist()), 3, ignore_eos=True, seed=i)
+        for i in range(24)
+    ]
+    kv = KV(budget="4096pages", page_size=2)
+    result = run(model, requests, kv=kv, threads=2, max_num_seqs=24, max_step_rows=40, prefill_chunk=40)
+    assert max(step.values["n_prefill"] for step in result.steps) >= 1
+    assert result.tokens == {r.request_id: run(model, [r], threads=1).tokens[r.request_id] for r in requests}

@@ -16,7 +16,7 @@ from xlpk.model import load_model
 from xlpk.reference import forward, greedy
 
 SUITE = Path(__file__).parents[2] / "experiments" / "gpu_suite" / "run.py"
-ABOUT = {"device": "a device", "uuid": "GPU-1", "commit": "c", "driver_cuda": [13, 0], "date": "d"}
+ABOUT = {"device": "a device", "uuid": "GPU-1", "commit": "c", "driver": "580.1", "driver_cuda": [13, 0], "date": "d"}
 
 
 @pytest.fixture
@@ -163,6 +163,60 @@ def test_the_page_compares_bytes_with_what_the_device_reads(suite: ModuleType) -
     assert "| cpu | 0.00015 | 0.002 | 1 | 0.99 | - | - | - | - | - |" in page
     assert "| graph | lost |" in page
     assert "- not run: hf: no torch" in page
+
+
+def test_the_page_shows_what_was_measured_without_its_samples(suite: ModuleType) -> None:
+    variant = {"flight": True, "weight_layout": "rows", "itl_us.p50": 900.0, "itl_us.p99": 950.0, "gaps_us": [987.5]}
+    rates = {"weights_gb_per_s": 2700.0, "upload_gb_per_s": 44.0}
+    speed = {"model": "m", "prompt_len": 8, "output_len": 2, "runs": [{**variant, **rates}]}
+    link = {"state": "ok", "name": "device 0: link", "value": "55.0 GB/s from page-locked host memory"}
+    hazards = {"stop": 0.5, "device memory beside the loop: free, s": None, "samples": {"stop": [987.5]}}
+    jobs = {"doctor": [link], "speed": speed, "hazards": hazards}
+    page = suite.markdown(
+        {"machine": ABOUT, "jobs": {n: {"exit_code": 0, "seconds": 1, "result": found} for n, found in jobs.items()}}
+    )
+    assert "driver 580.1 (CUDA 13.0)" in page
+    assert "| on | rows | 900.0 | 950.0 | 2700.0 | 44.0 | 80% |" in page
+    assert "- device memory beside the loop: free, s: not in time" in page
+    assert "987.5" not in page
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Tue Sep 23 2025\nGCC version: 12.3.0 \n",
+            "580.159.03",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82  Release Build", "580.82"),
+        (None, None),
+    ],
+)
+def test_the_drivers_version(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str | None, version: str | None
+) -> None:
+    monkeypatch.setattr(suite, "KERNEL_MODULE", tmp_path / "version")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    if line is not None:
+        (tmp_path / "version").write_text(line)
+    assert suite.nvidia_driver() == version
+
+
+@pytest.mark.parametrize("out", [["--out", "experiments/somewhere"], []], ids=["given", "default"])
+def test_the_standin_writes_nothing_under_experiments(
+    suite: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "machine", lambda: {**ABOUT, "device": "xlpk stand-in driver (no GPU)"})
+    monkeypatch.setattr(suite, "jobs", lambda _: [])
+    monkeypatch.setattr(sys, "argv", ["run.py", *out])
+    assert suite.main() == 2
+    assert "may not write results under" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_agreement_is_judged_by_the_oracles_margin(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import xlpk
 ROOT = Path(xlpk.__file__).parent
 LEVELS = {
     0: "errors layout units dtypes jsonfile process models kernels",
-    1: "model hf_config generation rope weights hash_weights safetensors_file text quant kv speculation workload slo "
+    1: "model hf_config generation rope weights hash_weights safetensors_file text kv speculation workload slo "
     "event_log metrics statistics reference sampling divergence",
-    2: "settings simulator backend toolchain stopping",
+    2: "settings backend toolchain stopping",
     3: "backends",
     4: "engine quality tracking report record sweep_table sweep_folder progress terminal interrupts "
     "mlflow_fields rundata compare thresholds acceptance"

@@ -56,6 +56,9 @@ def test_one_persistent_kernel_or_one_kernel_a_phase(builds: dict[str, Build], n
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
         assert kernel.registers <= 255, kernel
         assert kernel.stack_bytes <= 16, kernel  # four random words, of which a token's is picked by index
+        # Static: Team.shared_ints, an int a thread, of which control makes use. Scratch is asked for at the launch.
+        resident = kernel.name == "xl_persistent_megakernel"
+        assert kernel.shared_bytes == (4 * layout.GPU_THREADS if resident else 0), kernel
 
 
 def find_disassembler() -> list[str] | None:

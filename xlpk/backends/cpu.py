@@ -106,7 +106,7 @@ class CpuBackend(Submitter):
 
     def _take_cancellations(self) -> None:
         if self.orchestration == "launched":
-            self.library.dll.xl_control(self._params, self._dims)
+            self._run_step()  # whole: control plans a step, which must run before the next one
 
     def poll(self) -> list[Event]:
         if self.orchestration == "launched" and not self._aborted():

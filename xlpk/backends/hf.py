@@ -407,6 +407,7 @@ class HfBackend:
             self._batch.keep(kept)
         self._running = [self._running[i] for i in kept]
         for one in gone:
+            self._deadlines.pop(one.request.request_id, None)
             if one in self._prefilling:
                 self._prefilling.remove(one)
 

@@ -87,10 +87,3 @@ class LlamaCpp:
     def close(self) -> None:
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)
-
-
-def system_info() -> str:
-    """What llama.cpp says of the instructions that it was built for."""
-    import llama_cpp
-
-    return str(llama_cpp.llama_print_system_info().decode()).strip()

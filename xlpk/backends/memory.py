@@ -101,7 +101,7 @@ def buffer_table(
         "swap_table": ((slots, plan.pages_for(max_len)) if plan.swap_pages else (0,), i32),
         "moves": ((plan.pages + plan.swap_pages if plan.swap_pages else 0,), layout.MOVE.dtype),
         "buckets": ((power_of_two_at_least(2 * plan.pages),), i32),
-        "patches": ((2 * rows + slots,), layout.PATCH.dtype),
+        "patches": ((8 * limits.max_num_seqs + 2 * rows + slots,), layout.PATCH.dtype),
     }
 
 

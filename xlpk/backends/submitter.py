@@ -25,6 +25,7 @@ from xlpk.model import Model
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Proposer
 from xlpk.toolchain import build_cpu_library
 from xlpk.workload import Request
+from xlpk.workload.base import MAX_DEADLINE_MS
 
 CANCEL_S = 30.0  # for room in the ring of cancellations, which every step empties
 _BATCH = 4096  # records taken from a ring in one call
@@ -180,6 +181,10 @@ def check_request(request: Request, model: Model, plan: KVPlan) -> None:
     if len(request.prompt) + request.max_new_tokens > plan.max_len:
         total = len(request.prompt) + request.max_new_tokens
         raise InputError(f"{where}: prompt + max_new_tokens", total, f"at most {plan.max_len} positions")
+    if not -(1 << 31) <= request.priority < 1 << 31:
+        raise InputError(f"{where}: priority", request.priority, "a 32-bit number")
+    if not 0 <= request.deadline_ms <= MAX_DEADLINE_MS:  # nan compares false
+        raise InputError(f"{where}: deadline_ms", request.deadline_ms, f"0 (none) to {MAX_DEADLINE_MS:.0e} ms")
     for token in (*request.prompt, *request.stop_token_ids, *request.oracle):
         if not 0 <= token < vocab:
             raise InputError(f"{where}: token id", token, f"0 to {vocab - 1}")
