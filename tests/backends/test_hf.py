@@ -412,7 +412,11 @@ def test_the_command_line(tmp_path: Path) -> None:
         assert metrics["requests/overrun_tokens"] >= 0
         assert metrics["device_latency/itl_ms.n"] > 0
         assert metrics["kv/active_bytes.peak"] > 0
-    counted = {key for key in cpu if key.startswith(("host/", "phase/")) or key == "loop/device_idle_share"}
+    counted = {
+        key
+        for key in cpu
+        if key.startswith(("host/", "phase/", "kv/prefix_", "kv/hit_rate")) or key == "loop/device_idle_share"
+    }
     phases = {f"phase/{name}_{what}" for name in ("forward", "control") for what in ("ms.mean", "share")}
     assert cpu.keys() - peer.keys() == counted - phases
     assert peer.keys() - cpu.keys() == {
