@@ -48,6 +48,9 @@ def test_the_text_does_not_depend_on_the_budget(tmp_path: Path, pressure: float,
     assert (metrics["kv/moved_bytes"] > 0) == (preemption == "swap")
     assert (metrics["kv/recomputed_tokens"] > 0) == (preemption == "recompute")
     assert metrics["kv/usage.peak"] > 0.9
+    # Each prompt is asked for once, whatever came back how often, and different prompts have nothing to find.
+    assert metrics["kv/prefix_tokens"] == 24 * 64
+    assert metrics["kv/hit_rate"] == 0
 
 
 @pytest.mark.parametrize(

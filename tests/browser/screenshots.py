@@ -1,6 +1,7 @@
 """`python tests/browser/screenshots.py OUTPUTS`: the pictures of docs/images, from the first sweep of a store.
 
-Make the sweep first, with warm caches: python -m xlpk.run -m spec.block=1,2,4,8 sampling.max_new_tokens=64 run.outputs=OUTPUTS
+Make the sweep first, with warm caches:
+python -m xlpk.run -m spec.block=1,2,4,8 sampling.max_new_tokens=64 run.outputs=OUTPUTS
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_equal_pages_behind_other_pages_are_not_found(small: Callable[[str], Mod
 
 
 def test_outputs_are_found_too(small: Callable[[str], Model], cpu_library: CpuLibrary) -> None:
-    """A conversation: the second turn has the first prompt and its answer, of which full pages were stored."""
+    """The second turn has the first prompt and its answer: pages that decoding filled count too."""
     model = small("alphabet")
     log = one_by_one(model, cpu_library, [ask(0, PREFIX[:20], 30)])
     turn = (*PREFIX[:20], *log.tokens[0], 7, 8)
