@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: the kernels' threads need the cores
@@ -45,6 +46,7 @@ SMALL = {  # checkpoints for tests of the control plane: a step takes well under
 _build_cubin = toolchain.build_cubin
 
 
+@functools.wraps(_build_cubin)
 def _build_and_record(source: str, cache: Path, **options: Any) -> toolchain.Build:
     cubins.record(source, cache, **options)
     return _build_cubin(source, cache, **options)

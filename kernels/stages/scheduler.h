@@ -284,7 +284,6 @@ XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, const 
     const int slot_id = state.admitted_slot;
     if (slot_id < 0) break;
     copy_prompt(team, p, slot_id);
-    team.sync();
     prepare_adjustments(team, p, d, slot_id);
     team.sync();
     if (team.thread() == 0) let_submission_go(p, p.slots[slot_id].number);

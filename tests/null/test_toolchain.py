@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,7 +138,9 @@ def test_without_nvcc_a_cubin_of_the_same_sources_will_do(monkeypatch: pytest.Mo
         return "", 1.0
 
     def build(**defines: str) -> toolchain.Build:
-        return toolchain.build_cubin("launched.cu", tmp_path, arch="sm_90a", defines=defines)
+        return own("launched.cu", tmp_path, arch="sm_90a", defines=defines)
+
+    own = inspect.unwrap(toolchain.build_cubin)  # not the stand-in driver's, nor the one that counts
 
     monkeypatch.setattr(toolchain, "_compile", compiled)
     monkeypatch.setattr(toolchain, "version_line", lambda command: "release 13.0")

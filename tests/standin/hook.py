@@ -7,6 +7,7 @@ A new process: start it with `environment(cache)`; its children inherit it. The 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import sys
@@ -46,6 +47,7 @@ def hook(toolchain: Any) -> None:
     """
     build_cubin = toolchain.build_cubin
 
+    @functools.wraps(build_cubin)
     def build_both(source: str, cache: Path, *, arch: str, defines: Mapping[str, str]) -> Any:
         from cubins import CARRIERS, record
 
