@@ -19,6 +19,7 @@ namespace xl {
 template <class Dims>
 XL_FN void commit_step(const Grid& grid, const Params& p, const Dims& d, uint64_t now_ns) {
   LoopState& state = *p.state;
+  trace(p, TraceKind::kRound, now_ns, 1);
   StepRecord& record = *p.record;
   int kept = 0;
   for (int i = 0; i < state.n_order; ++i) {
@@ -61,6 +62,7 @@ XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t 
   step.n_rows = step.n_sample_rows = step.n_filter_rows = step.n_prefill_rows = step.n_decode_rows = step.n_draft_rows = 0;
   step.n_prefill = step.n_decode = 0;
   if (state.n_order == 0) return;
+  trace(p, TraceKind::kPlan, 0, state.draft_rows);
   record = StepRecord{};
   secure_pages(grid, p, page_size, now_ns);
   secure_draft_pages(grid, p, page_size);
@@ -87,6 +89,7 @@ XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t 
   record.pages_cached = state.n_cached_pages;
   record.pages_active = state.n_active_pages - record.pages_draft;
   record.pages_locked = record.pages_active - unlocked_pages(p);
+  trace(p, TraceKind::kStep, step.step, step.n_rows, step.n_sample_rows, step.n_moves);
 }
 
 // Rows that drafts may take: what the cap leaves behind decode rows and prompt chunks.
@@ -99,10 +102,13 @@ XL_FN int rows_for_drafts(const Params& p) {
   return rows > 0 ? rows : 0;
 }
 
+XL_FN bool step_ring_has_room(const Params& p, const HostWords& host) {
+  return p.state->step_tail - host.step_head + 1 < uint64_t(p.step_capacity);
+}
+
 // Thread 0. Both rings have room for whatever the next step may write.
 XL_FN bool rings_have_room(const Params& p, const HostWords& host) {
-  const uint64_t records = p.state->step_tail - host.step_head;
-  return free_events(p, host) >= events_per_round(p) && records + 1 < uint64_t(p.step_capacity);
+  return free_events(p, host) >= events_per_round(p) && step_ring_has_room(p, host);
 }
 
 // Thread 0. Why the loop should leave now; its clocks are those of this launch.
@@ -127,22 +133,39 @@ XL_FN LeaveReason leave_reason(const Params& p, const HostWords& host, uint64_t 
 XL_FN void publish_round(const Params& p) {
   Mailbox& mailbox = *p.mailbox;
   mailbox.running = uint32_t(p.state->n_order + p.state->n_queued);
+  publish_trace(p);
   store_relaxed_system(&mailbox.progress, ++p.state->n_rounds);  // a sign of life, which nobody reads others by
   if (p.step->leave == int(LeaveReason::kNone)) return;
   mailbox.leave = uint32_t(p.step->leave);
   store_release_system(&mailbox.n_left, ++p.state->n_left);
 }
 
-// The whole team. Afterwards Step says what to run: `leave`, a step of n_rows, or nothing.
+// Thread 0, behind the commit of a step if there was one. Whether the round has anything to do.
+XL_FN void trace_round(const Params& p, const HostWords& host, bool committed, uint64_t now_ns) {
+  const LoopState& state = *p.state;
+  if (p.trace == nullptr) return;
+  if (!committed) {
+    if (state.n_order + state.n_queued == 0 && host.submit_tail == state.submit_seen && host.cancel_tail == state.cancel_head) return;
+    trace(p, TraceKind::kRound, now_ns, 0);
+  }
+  const uint64_t room = free_events(p, host);
+  trace(p, TraceKind::kRoom, 0, room < 0x7fffffff ? int(room) : 0x7fffffff, step_ring_has_room(p, host));
+}
+
+// The whole team, at `now_ns` of the clock that stamps events. Afterwards Step says what to run: `leave`, a step of n_rows, or
+// nothing.
 template <class Team, class Dims>
-XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Dims& d) {
+XL_FN void phase_control_at(Team& team, const Grid& grid, const Params& p, const Dims& d, uint64_t now_ns) {
   LoopState& state = *p.state;
-  const uint64_t now_ns = clock_ns(), begin_ticks = clock_ticks();
+  const uint64_t begin_ticks = clock_ticks();
   HostWords host = {};  // thread 0's
   if (team.thread() == 0) {
-    if (p.step->n_rows > 0) commit_step(grid, p, d, now_ns);
+    begin_trace(p);
+    const bool committed = p.step->n_rows > 0;
+    if (committed) commit_step(grid, p, d, now_ns);
     begin_phase(state, Phase::kControl, begin_ticks);  // behind the commit, which takes the time of rounds before this one
     host = read_host(*p.mailbox);
+    trace_round(p, host, committed, now_ns);
   }
   stage_scheduler(team, grid, p, d, host, now_ns);
   if (team.thread() == 0) {
@@ -163,6 +186,11 @@ XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Di
     end_phase(state, Phase::kControl);
   }
   team.sync();
+}
+
+template <class Team, class Dims>
+XL_FN void phase_control(Team& team, const Grid& grid, const Params& p, const Dims& d) {
+  phase_control_at(team, grid, p, d, clock_ns());
 }
 
 }  // namespace xl

@@ -295,6 +295,12 @@ int32_t xl_take_steps(const Params* params, StepRecord* out, int32_t most) {
   return ring_take(p.step_records, p.step_capacity, &p.mailbox->step_head, &p.mailbox->step_tail, out, most);
 }
 
+// Takes up to `most` entries of the decision trace, oldest first; how many.
+int32_t xl_take_trace(const Params* params, TraceEntry* out, int32_t most) {
+  const Params& p = *params;
+  return ring_take(p.trace, p.trace_capacity, &p.mailbox->trace_head, &p.mailbox->trace_tail, out, most);
+}
+
 // AbortReason of the loop, 0 while it is well.
 int32_t xl_aborted(const Params* params) { return int32_t(load_acquire_system(&params->mailbox->abort)); }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 
 CONSTANTS: dict[str, tuple[int, str]] = {
     "kLayoutVersion": (VERSION, "checked when a session opens"),
@@ -30,6 +30,10 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "kFlightEntries": (1024, "last phases that the flight recorder keeps for a team; a power of two"),
     "kWeightTileRows": (8, "rows of a tile of weights"),
     "kWeightTileColumns": (256, "columns of a tile of weights"),
+    "kWatermark": (100, "beside others a request is admitted only if one page in this many stays (vLLM's watermark)"),
+    "kTokensPerLevel": (16, "prompt tokens that count as one level under Policy.SHORTEST_PROMPT"),
+    "kProtectedShare": (5, "eviction list 1 of SLRU holds at most all pages but one in this many"),
+    "kCostKnots": (12, "rows of a step for which a simulated cost is given: 1, 2, 4, ..."),
 }
 VIRTUAL_LANES = CONSTANTS["kVirtualLanes"][0]
 ATTENTION_SPAN = CONSTANTS["kAttentionSpan"][0]
@@ -43,6 +47,10 @@ GPU_LANES = CONSTANTS["kGpuLanes"][0]
 FLIGHT_ENTRIES = CONSTANTS["kFlightEntries"][0]
 WEIGHT_TILE_ROWS = CONSTANTS["kWeightTileRows"][0]
 WEIGHT_TILE_COLUMNS = CONSTANTS["kWeightTileColumns"][0]
+WATERMARK = CONSTANTS["kWatermark"][0]
+TOKENS_PER_LEVEL = CONSTANTS["kTokensPerLevel"][0]
+PROTECTED_SHARE = CONSTANTS["kProtectedShare"][0]
+COST_KNOTS = CONSTANTS["kCostKnots"][0]
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,14 @@ class PlayFault(enum.IntEnum):
     SWAP = 17
 
 
+class Router(enum.IntEnum):
+    """Which instance of a simulated fleet serves a request."""
+
+    ROUND_ROBIN = 0
+    LEAST_OUTSTANDING = 1  # fewest requests that the host has not seen end; ties to the first
+    PREFIX_AFFINITY = 2  # a hash of the prompt's beginning names it, unless it has too much to do
+
+
 class LeaveReason(enum.IntEnum):
     """Why a launch of the persistent loop ended with all of its state kept."""
 
@@ -193,6 +209,30 @@ class LeaveReason(enum.IntEnum):
     LEASE = 2
     IDLE = 3
     HEARTBEAT = 4
+
+
+class TraceKind(enum.IntEnum):
+    """Decisions of the control plane, in the order in which it takes them; fields as of TraceEntry: value; a, b, c."""
+
+    ROUND = 0  # device clock; 1: a step is committed in it. Rounds in which there is nothing to do leave none
+    COMMIT = 1  # request; tokens it emits, drafts accepted, tokens that are stored afterwards
+    ROOM = 2  # 0; free entries of the event ring, 1: the ring of step records has room
+    SEEN = 3  # request
+    CANCEL = 4  # request, which may have ended
+    FINISH = 5  # request; FinishReason, output tokens
+    ADMIT = 6  # request; 1: it is resumed, pages it shares, pages that come back from the swap space
+    PREEMPT = 7  # request; pages it held, pages that go to the swap space
+    ALLOC = 8  # 0; page
+    EVICT = 9  # content; page, which is allocated next
+    HOLD = 10  # content; page, references to it
+    RELEASE = 11  # 0; page, references left, 0: free now, 1: cached now, 2: still held
+    PUBLISH = 12  # content; page that becomes addressable
+    DEMOTE = 13  # 0; page that goes to the list of those that were not found
+    MOVE = 14  # 0; page, place in the swap space, 1: out, 0: back
+    PLAN = 15  # 0; rows that drafts may take
+    ROWS = 16  # request; position of the first, how many, 0: decode row and drafts, 1: prompt chunk
+    STEP = 17  # number of the step; rows, sampled rows, moves
+    PIN = 18  # content; page that is held for good, references to it
 
 
 ENUMS: tuple[type[enum.IntEnum], ...] = (
@@ -207,6 +247,8 @@ ENUMS: tuple[type[enum.IntEnum], ...] = (
     Eviction,
     AbortReason,
     LeaveReason,
+    Router,
+    TraceKind,
     PlayFault,
 )
 
@@ -230,6 +272,7 @@ _SCALARS: dict[str, tuple[type[np.generic], str]] = {
     "i64": (np.int64, "int64_t"),
     "u64": (np.uint64, "uint64_t"),
     "f32": (np.float32, "float"),
+    "f64": (np.float64, "double"),
     "u8": (np.uint8, "uint8_t"),
     "u16": (np.uint16, "uint16_t"),
 }
@@ -394,6 +437,7 @@ STEP_RECORD = Record(
         ("pages_draft", "i32", "hold unverified tokens only"),
         ("pages_locked", "i32", "part of active without the pages that only requests with no row in the step hold"),
         ("context_tokens", "i32", "tokens whose K and V the step had to read, once a request, its own rows included"),
+        ("attended_tokens", "i64", "tokens that its rows attend to, summed over rows"),
         (
             "live_tokens",
             "i32",
@@ -513,6 +557,36 @@ MOVE = Record(
     ),
 )
 
+TRACE_ENTRY = Record(
+    "TraceEntry",
+    "A decision of the control plane; what the fields say depends on its TraceKind.",
+    (
+        ("round", "u64", "of control, from 0"),
+        ("value", "u64", ""),
+        ("kind", "i32", "TraceKind"),
+        ("a", "i32", ""),
+        ("b", "i32", ""),
+        ("c", "i32", ""),
+    ),
+)
+
+STEP_COSTS = Record(
+    "StepCosts",
+    "What a step costs on a virtual clock, in nanoseconds; xlpk/costs.py has the formula.",
+    (
+        ("fixed_ns", "f64", "a step"),
+        ("row_ns", "f64[12]", "all rows, at 1, 2, 4, ... rows"),
+        ("sample_ns", "f64[12]", "all sampled rows, likewise"),
+        ("context_ns", "f64", "a token of context_tokens"),
+        ("attended_ns", "f64", "a token of attended_tokens"),
+        ("move_ns", "f64", "a page that is moved"),
+        ("control_ns", "f64", "control, a step"),
+        ("control_row_ns", "f64", "control, a row"),
+        ("publish_ns", "f64", "from the end of a step until the host sees its tokens"),
+        ("submit_ns", "f64", "from submission until the loop sees it"),
+    ),
+)
+
 LOOP_STATE = Record(
     "LoopState",
     "Scalars of the control plane; only the controlling team touches them.",
@@ -525,6 +599,9 @@ LOOP_STATE = Record(
         ("cancel_head", "u64", "next cancellation to look at"),
         ("event_tail", "u64", "events written, published at the end of control"),
         ("step_tail", "u64", "step records written"),
+        ("trace_tail", "u64", "entries of the decision trace written"),
+        ("trace_limit", "u64", "where they have to stop in this round: the host has not taken the older ones"),
+        ("trace_lost", "u64", "entries for which there was no room"),
         ("next_deadline_ns", "u64", "no request ends before by its deadline; 0: none has one"),
         ("n_contents", "u64", "contents that pages have had"),
         ("n_free_pages", "i32", "entries of Params.free_pages; set by the host to all"),
@@ -581,6 +658,18 @@ FLIGHT_ENTRY = Record(
     ),
 )
 
+SPAN_ENTRY = Record(
+    "SpanEntry",
+    "When a team ran its share of a phase, in its ring of phase spans.",
+    (
+        ("begin_ns", "u64", "device clock, behind the barrier in front of the phase"),
+        ("end_ns", "u64", "its share is done; it goes to the barrier behind the phase"),
+        ("step", "u32", "lowest bits of its number; control: of the step that it plans, else of the one it commits"),
+        ("phase", "u16", "Phase"),
+        ("layer", "u16", ""),
+    ),
+)
+
 MAILBOX = Record(
     "Mailbox",
     "Words that host and device write for each other; each writer's words share no line with another's.",
@@ -595,7 +684,8 @@ MAILBOX = Record(
         ("stop", "u64", "host: 1 asks the loop to leave"),
         ("launches", "u32", "host: launches of the loop"),
         ("hang", "u32", "watchdog: 1 says that nothing moves"),
-        ("host_pad", "u8[56]", ""),
+        ("trace_head", "u64", "host: entries of the decision trace taken; read only where there is one"),
+        ("host_pad", "u8[48]", ""),
         ("submit_head", "u64", "device: submissions taken"),
         ("cancel_head", "u64", "device: cancellations taken"),
         ("event_tail", "u64", "device: events published; on 16 bytes with the next: one store"),
@@ -609,7 +699,9 @@ MAILBOX = Record(
         ("pong", "u64", "device: the `ping` that was answered"),
         ("leave", "u32", "device: LeaveReason of the launch that ended last"),
         ("running", "u32", "device: requests that it has seen and not ended"),
-        ("device_pad", "u8[40]", ""),
+        ("trace_tail", "u64", "device: entries of the decision trace written"),
+        ("trace_lost", "u64", "device: those for which there was no room"),
+        ("device_pad", "u8[24]", ""),
     ),
 )
 
@@ -687,6 +779,14 @@ PARAMS = Record(
         ("swap_table", "int32_t*", "[max_slots, max_slot_pages]; null: there is no swap space"),
         ("moves", "Move*", "[n_pages + n_swap_pages]; null: likewise"),
         ("buckets", "int32_t*", "first page of a bucket, -1: none; [n_buckets]"),
+        ("trace", "TraceEntry*", "null, or the decision trace, [trace_capacity]"),
+        (
+            "spans",
+            "SpanEntry*",
+            "null, or phase spans, [1 + teams, span_capacity]: of control, then of each team; rings that overwrite their "
+            "oldest",
+        ),
+        ("span_counts", "uint64_t*", "spans that a ring was given, each on a line of its own, [1 + teams, kLine / 8]"),
         ("flight", "FlightEntry*", "null, or the flight recorder, [teams, kFlightEntries]"),
         ("patches", "Patch*", "launched from the host: changes of the page table, then of the counts"),
         ("spin_deadline_ns", "u64", "a wait that lasts longer aborts the loop"),
@@ -710,6 +810,8 @@ PARAMS = Record(
         ("prompt_capacity", "i32", "power of two, tokens"),
         ("event_capacity", "i32", "power of two"),
         ("step_capacity", "i32", "power of two"),
+        ("trace_capacity", "i32", "power of two"),
+        ("span_capacity", "i32", "power of two"),
         ("prefill_chunk", "i32", "prompt tokens of one request in one step at most"),
         ("block", "i32", "most tokens a verification may emit: drafts + 1"),
         ("policy", "i32", "Policy"),
@@ -722,6 +824,22 @@ PARAMS = Record(
         ("ngram_max", "i32", "longest suffix that is looked up"),
         ("mismatch_stride", "i32", "oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never"),
         ("forced_stride", "i32", "forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0"),
+    ),
+)
+
+PLAY_REQUEST = Record(
+    "PlayRequest",
+    "A request of a play, in the order of submission, for who plays its trace again.",
+    (
+        ("request_id", "u64", ""),
+        ("seed", "u64", ""),
+        ("deadline_ns", "u64", "as submitted; 0: none"),
+        ("prompt_len", "i32", "tokens"),
+        ("max_new_tokens", "i32", ""),
+        ("priority", "i32", ""),
+        ("share", "i32", ""),
+        ("n_output", "i32", "tokens that it put out"),
+        ("n_answers", "i32", "right answers that came with it, the first of what it puts out"),
     ),
 )
 
@@ -743,6 +861,8 @@ PLAY_RULES = Record(
         ("away_one_in", "i32", "rounds to one in which the host does not look at the rings"),
         ("priorities", "i32", "levels, uniform"),
         ("recount_every", "i32", "events between full recounts; 0: none, and texts are not checked either"),
+        ("requests", "PlayRequest*", "null, or what was submitted, [max_requests]"),
+        ("texts", "int32_t*", "with it, prompt and output of each, [max_requests, Params.max_len]"),
     ),
 )
 
@@ -771,6 +891,98 @@ PLAY_RESULT = Record(
     ),
 )
 
+SIMULATED_REQUEST = Record(
+    "SimulatedRequest",
+    "A request of kernels/simulate.cpp; they come by arrival.",
+    (
+        ("arrival_ns", "u64", "virtual time at which the host submits it"),
+        ("deadline_ns", "u64", "after its arrival; 0: none"),
+        ("seed", "u64", "of its output, and of what is its own of its prompt"),
+        ("tokens_begin", "u64", "its prompt in SimulateRules.tokens, if there are any"),
+        ("blocks_begin", "u64", "its first entry in SimulateRules.blocks"),
+        ("n_blocks", "i32", "blocks of the prompt, from its beginning, that others may share; the rest is its own"),
+        ("prompt_len", "i32", "tokens"),
+        ("max_new_tokens", "i32", "it puts out as many"),
+        ("priority", "i32", ""),
+        ("share", "i32", "1: it may use pages of others and leave its own to them"),
+    ),
+)
+
+SIMULATED_OUTCOME = Record(
+    "SimulatedOutcome",
+    "What became of a request; times are of the loop's clock, 0: it never came so far.",
+    (
+        ("seen_ns", "u64", "the loop took it from the ring"),
+        ("admitted_ns", "u64", "first admission"),
+        ("first_token_ns", "u64", "commit of its first token; the host sees it publish_ns later, likewise below"),
+        ("last_token_ns", "u64", ""),
+        ("finished_ns", "u64", ""),
+        ("instance", "i32", "that served it"),
+        ("reason", "i32", "FinishReason"),
+        ("n_output", "i32", "tokens"),
+        ("n_cached", "i32", "prompt tokens found at its first admission"),
+        ("n_preemptions", "i32", ""),
+        ("n_drafts", "i32", "verified"),
+        ("n_accepted", "i32", "of them"),
+    ),
+)
+
+SIMULATED_TOTALS = Record(
+    "SimulatedTotals",
+    "What an instance of a simulated fleet did.",
+    (
+        ("requests", "u64", "routed to it"),
+        ("finished", "u64", "ended, in whatever way"),
+        ("steps", "u64", ""),
+        ("rows", "u64", ""),
+        ("sample_rows", "u64", ""),
+        ("tokens", "u64", "put out"),
+        ("prompt_tokens", "u64", "of requests that were admitted"),
+        ("cached_tokens", "u64", "of them, found in shared pages at the first admission"),
+        ("recomputed_rows", "u64", ""),
+        ("evictions", "u64", ""),
+        ("preemptions", "u64", ""),
+        ("moves", "u64", "pages to the swap space and back"),
+        ("drafts", "u64", "verified"),
+        ("accepted", "u64", ""),
+        ("busy_ns", "u64", "a step was in flight"),
+        ("idle_ns", "u64", "until the fleet's last event"),
+        ("present_ns", "u64", "integral over time of the requests that it had seen and not ended"),
+        ("waiting_ns", "u64", "of them, those that were never admitted"),
+    ),
+)
+
+SIMULATE_RULES = Record(
+    "SimulateRules",
+    "The workload of kernels/simulate.cpp and how it is served.",
+    (
+        ("requests", "const SimulatedRequest*", "[n_requests], by arrival"),
+        ("outcomes", "SimulatedOutcome*", "[n_requests]"),
+        ("totals", "SimulatedTotals*", "[n_instances]"),
+        ("tokens", "const int32_t*", "prompts, or null: they are made from blocks and seeds"),
+        ("blocks", "const uint64_t*", "what a block of a prompt is; equal numbers are equal tokens"),
+        ("n_requests", "u64", ""),
+        ("acceptance_rate", "f64", "share of drafts that hold, drawn by (seed, output index); below 0: the text decides"),
+        ("block_tokens", "i32", "tokens of a block"),
+        ("n_instances", "i32", ""),
+        ("router", "i32", "Router"),
+        ("answers", "i32", "1: the right answers come with each request (Proposer.ORACLE)"),
+        ("affinity_blocks", "i32", "first blocks of a prompt by which PREFIX_AFFINITY routes"),
+        ("affinity_percent", "i32", "of the mean load, above which it looks for the next instance"),
+    ),
+)
+
+SIMULATE_RESULT = Record(
+    "SimulateResult",
+    "How a simulation ended.",
+    (
+        ("end_ns", "u64", "virtual time of the last event"),
+        ("rounds", "u64", "of control, over all instances"),
+        ("instance", "i32", "that stopped it"),
+        ("fault", "i32", "AbortReason, or -1: an instance has requests and nothing to do"),
+    ),
+)
+
 RECORDS: tuple[Record, ...] = (
     DIMS,
     LAYER_WEIGHTS,
@@ -784,14 +996,23 @@ RECORDS: tuple[Record, ...] = (
     PAGE,
     QUEUE_ENTRY,
     MOVE,
+    TRACE_ENTRY,
+    STEP_COSTS,
     LOOP_STATE,
     PATCH,
     FLIGHT_ENTRY,
+    SPAN_ENTRY,
     MAILBOX,
     GRID_STATE,
     PARAMS,
+    PLAY_REQUEST,
     PLAY_RULES,
     PLAY_RESULT,
+    SIMULATED_REQUEST,
+    SIMULATED_OUTCOME,
+    SIMULATED_TOTALS,
+    SIMULATE_RULES,
+    SIMULATE_RESULT,
 )
 
 

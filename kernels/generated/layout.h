@@ -15,7 +15,7 @@ struct f16 {
   uint16_t bits;
 };
 
-constexpr int kLayoutVersion = 2;  // checked when a session opens
+constexpr int kLayoutVersion = 3;  // checked when a session opens
 constexpr int kVirtualLanes = 32;  // every reduction runs over this many lanes and one fixed tree, whatever the team
 constexpr int kAttentionSpan = 256;  // keys an attention partial covers; absolute positions; the page size divides it
 constexpr int kMaxBlock = 16;  // most tokens one verify step may emit: 15 drafts and the bonus token
@@ -29,6 +29,10 @@ constexpr int kGpuLanes = 32;  // threads of a warp there
 constexpr int kFlightEntries = 1024;  // last phases that the flight recorder keeps for a team; a power of two
 constexpr int kWeightTileRows = 8;  // rows of a tile of weights
 constexpr int kWeightTileColumns = 256;  // columns of a tile of weights
+constexpr int kWatermark = 100;  // beside others a request is admitted only if one page in this many stays (vLLM's watermark)
+constexpr int kTokensPerLevel = 16;  // prompt tokens that count as one level under Policy.SHORTEST_PROMPT
+constexpr int kProtectedShare = 5;  // eviction list 1 of SLRU holds at most all pages but one in this many
+constexpr int kCostKnots = 12;  // rows of a step for which a simulated cost is given: 1, 2, 4, ...
 
 enum class WeightType : int32_t { kBf16 = 0, kFp32 = 1, kFp16 = 2 };
 enum class WeightLayout : int32_t { kRows = 0, kTiles = 1 };
@@ -41,6 +45,8 @@ enum class Policy : int32_t { kFcfs = 0, kPriority = 1, kShortestPrompt = 2 };
 enum class Eviction : int32_t { kLru = 0, kFifo = 1, kSlru = 2 };
 enum class AbortReason : int32_t { kNone = 0, kHost = 1, kBarrierTimeout = 2, kPageDoubleAllocation = 3, kPageDoubleFree = 4, kPageConservation = 5, kNoFreePage = 6, kCensusTimeout = 7, kHang = 8 };
 enum class LeaveReason : int32_t { kNone = 0, kStop = 1, kLease = 2, kIdle = 3, kHeartbeat = 4 };
+enum class Router : int32_t { kRoundRobin = 0, kLeastOutstanding = 1, kPrefixAffinity = 2 };
+enum class TraceKind : int32_t { kRound = 0, kCommit = 1, kRoom = 2, kSeen = 3, kCancel = 4, kFinish = 5, kAdmit = 6, kPreempt = 7, kAlloc = 8, kEvict = 9, kHold = 10, kRelease = 11, kPublish = 12, kDemote = 13, kMove = 14, kPlan = 15, kRows = 16, kStep = 17, kPin = 18 };
 enum class PlayFault : int32_t { kNone = 0, kText = 1, kPageContent = 2, kTwoEnds = 3, kNeverEnded = 4, kRefs = 5, kFreePage = 6, kCachedPage = 7, kCounts = 8, kLists = 9, kBuckets = 10, kOrder = 11, kAborted = 12, kLeftOver = 13, kAdmission = 14, kCachedHit = 15, kStuck = 16, kSwap = 17 };
 
 enum class Phase : int32_t {
@@ -247,11 +253,12 @@ struct StepRecord {
   int32_t pages_draft;  // hold unverified tokens only
   int32_t pages_locked;  // part of active without the pages that only requests with no row in the step hold
   int32_t context_tokens;  // tokens whose K and V the step had to read, once a request, its own rows included
+  int64_t attended_tokens;  // tokens that its rows attend to, summed over rows
   int32_t live_tokens;  // committed tokens of running requests whose K and V are stored, after the step; shared ones once
   int32_t live_pages;  // pages that hold them, after the step; shared ones once
   uint64_t phase_ns[10];  // device time a phase took, barrier included, summed over layers
 };
-static_assert(sizeof(StepRecord) == 208, "StepRecord");
+static_assert(sizeof(StepRecord) == 216, "StepRecord");
 static_assert(offsetof(StepRecord, step) == 0, "StepRecord.step");
 static_assert(offsetof(StepRecord, begin_ns) == 8, "StepRecord.begin_ns");
 static_assert(offsetof(StepRecord, end_ns) == 16, "StepRecord.end_ns");
@@ -278,9 +285,10 @@ static_assert(offsetof(StepRecord, pages_active) == 100, "StepRecord.pages_activ
 static_assert(offsetof(StepRecord, pages_draft) == 104, "StepRecord.pages_draft");
 static_assert(offsetof(StepRecord, pages_locked) == 108, "StepRecord.pages_locked");
 static_assert(offsetof(StepRecord, context_tokens) == 112, "StepRecord.context_tokens");
-static_assert(offsetof(StepRecord, live_tokens) == 116, "StepRecord.live_tokens");
-static_assert(offsetof(StepRecord, live_pages) == 120, "StepRecord.live_pages");
-static_assert(offsetof(StepRecord, phase_ns) == 128, "StepRecord.phase_ns");
+static_assert(offsetof(StepRecord, attended_tokens) == 120, "StepRecord.attended_tokens");
+static_assert(offsetof(StepRecord, live_tokens) == 128, "StepRecord.live_tokens");
+static_assert(offsetof(StepRecord, live_pages) == 132, "StepRecord.live_pages");
+static_assert(offsetof(StepRecord, phase_ns) == 136, "StepRecord.phase_ns");
 
 // One token of the ragged step.
 struct Row {
@@ -466,6 +474,48 @@ static_assert(offsetof(Move, swap_page) == 4, "Move.swap_page");
 static_assert(offsetof(Move, slot) == 8, "Move.slot");
 static_assert(offsetof(Move, out) == 12, "Move.out");
 
+// A decision of the control plane; what the fields say depends on its TraceKind.
+struct TraceEntry {
+  uint64_t round;  // of control, from 0
+  uint64_t value;
+  int32_t kind;  // TraceKind
+  int32_t a;
+  int32_t b;
+  int32_t c;
+};
+static_assert(sizeof(TraceEntry) == 32, "TraceEntry");
+static_assert(offsetof(TraceEntry, round) == 0, "TraceEntry.round");
+static_assert(offsetof(TraceEntry, value) == 8, "TraceEntry.value");
+static_assert(offsetof(TraceEntry, kind) == 16, "TraceEntry.kind");
+static_assert(offsetof(TraceEntry, a) == 20, "TraceEntry.a");
+static_assert(offsetof(TraceEntry, b) == 24, "TraceEntry.b");
+static_assert(offsetof(TraceEntry, c) == 28, "TraceEntry.c");
+
+// What a step costs on a virtual clock, in nanoseconds; xlpk/costs.py has the formula.
+struct StepCosts {
+  double fixed_ns;  // a step
+  double row_ns[12];  // all rows, at 1, 2, 4, ... rows
+  double sample_ns[12];  // all sampled rows, likewise
+  double context_ns;  // a token of context_tokens
+  double attended_ns;  // a token of attended_tokens
+  double move_ns;  // a page that is moved
+  double control_ns;  // control, a step
+  double control_row_ns;  // control, a row
+  double publish_ns;  // from the end of a step until the host sees its tokens
+  double submit_ns;  // from submission until the loop sees it
+};
+static_assert(sizeof(StepCosts) == 256, "StepCosts");
+static_assert(offsetof(StepCosts, fixed_ns) == 0, "StepCosts.fixed_ns");
+static_assert(offsetof(StepCosts, row_ns) == 8, "StepCosts.row_ns");
+static_assert(offsetof(StepCosts, sample_ns) == 104, "StepCosts.sample_ns");
+static_assert(offsetof(StepCosts, context_ns) == 200, "StepCosts.context_ns");
+static_assert(offsetof(StepCosts, attended_ns) == 208, "StepCosts.attended_ns");
+static_assert(offsetof(StepCosts, move_ns) == 216, "StepCosts.move_ns");
+static_assert(offsetof(StepCosts, control_ns) == 224, "StepCosts.control_ns");
+static_assert(offsetof(StepCosts, control_row_ns) == 232, "StepCosts.control_row_ns");
+static_assert(offsetof(StepCosts, publish_ns) == 240, "StepCosts.publish_ns");
+static_assert(offsetof(StepCosts, submit_ns) == 248, "StepCosts.submit_ns");
+
 // Scalars of the control plane; only the controlling team touches them.
 struct LoopState {
   uint64_t n_steps;  // steps planned so far
@@ -476,6 +526,9 @@ struct LoopState {
   uint64_t cancel_head;  // next cancellation to look at
   uint64_t event_tail;  // events written, published at the end of control
   uint64_t step_tail;  // step records written
+  uint64_t trace_tail;  // entries of the decision trace written
+  uint64_t trace_limit;  // where they have to stop in this round: the host has not taken the older ones
+  uint64_t trace_lost;  // entries for which there was no room
   uint64_t next_deadline_ns;  // no request ends before by its deadline; 0: none has one
   uint64_t n_contents;  // contents that pages have had
   int32_t n_free_pages;  // entries of Params.free_pages; set by the host to all
@@ -506,7 +559,7 @@ struct LoopState {
   uint64_t n_left;  // launches that ended
   uint64_t pong;  // ping that was answered last
 };
-static_assert(sizeof(LoopState) == 320, "LoopState");
+static_assert(sizeof(LoopState) == 344, "LoopState");
 static_assert(offsetof(LoopState, n_steps) == 0, "LoopState.n_steps");
 static_assert(offsetof(LoopState, prompt_head) == 8, "LoopState.prompt_head");
 static_assert(offsetof(LoopState, submit_head) == 16, "LoopState.submit_head");
@@ -515,35 +568,38 @@ static_assert(offsetof(LoopState, submit_tail) == 32, "LoopState.submit_tail");
 static_assert(offsetof(LoopState, cancel_head) == 40, "LoopState.cancel_head");
 static_assert(offsetof(LoopState, event_tail) == 48, "LoopState.event_tail");
 static_assert(offsetof(LoopState, step_tail) == 56, "LoopState.step_tail");
-static_assert(offsetof(LoopState, next_deadline_ns) == 64, "LoopState.next_deadline_ns");
-static_assert(offsetof(LoopState, n_contents) == 72, "LoopState.n_contents");
-static_assert(offsetof(LoopState, n_free_pages) == 80, "LoopState.n_free_pages");
-static_assert(offsetof(LoopState, n_cached_pages) == 84, "LoopState.n_cached_pages");
-static_assert(offsetof(LoopState, n_active_pages) == 88, "LoopState.n_active_pages");
-static_assert(offsetof(LoopState, n_refs) == 92, "LoopState.n_refs");
-static_assert(offsetof(LoopState, oldest) == 96, "LoopState.oldest");
-static_assert(offsetof(LoopState, newest) == 104, "LoopState.newest");
-static_assert(offsetof(LoopState, n_listed) == 112, "LoopState.n_listed");
-static_assert(offsetof(LoopState, n_order) == 120, "LoopState.n_order");
-static_assert(offsetof(LoopState, n_queued) == 124, "LoopState.n_queued");
-static_assert(offsetof(LoopState, n_preempted) == 128, "LoopState.n_preempted");
-static_assert(offsetof(LoopState, n_free_swap) == 132, "LoopState.n_free_swap");
-static_assert(offsetof(LoopState, n_moves) == 136, "LoopState.n_moves");
-static_assert(offsetof(LoopState, n_preemptions) == 140, "LoopState.n_preemptions");
-static_assert(offsetof(LoopState, n_evictions) == 144, "LoopState.n_evictions");
-static_assert(offsetof(LoopState, admitted_slot) == 148, "LoopState.admitted_slot");
-static_assert(offsetof(LoopState, draft_rows) == 152, "LoopState.draft_rows");
-static_assert(offsetof(LoopState, phase_ticks) == 160, "LoopState.phase_ticks");
-static_assert(offsetof(LoopState, span_ns) == 240, "LoopState.span_ns");
-static_assert(offsetof(LoopState, span_ticks) == 248, "LoopState.span_ticks");
-static_assert(offsetof(LoopState, n_launches) == 256, "LoopState.n_launches");
-static_assert(offsetof(LoopState, launched_ns) == 264, "LoopState.launched_ns");
-static_assert(offsetof(LoopState, busy_ns) == 272, "LoopState.busy_ns");
-static_assert(offsetof(LoopState, beat) == 280, "LoopState.beat");
-static_assert(offsetof(LoopState, beat_ns) == 288, "LoopState.beat_ns");
-static_assert(offsetof(LoopState, n_rounds) == 296, "LoopState.n_rounds");
-static_assert(offsetof(LoopState, n_left) == 304, "LoopState.n_left");
-static_assert(offsetof(LoopState, pong) == 312, "LoopState.pong");
+static_assert(offsetof(LoopState, trace_tail) == 64, "LoopState.trace_tail");
+static_assert(offsetof(LoopState, trace_limit) == 72, "LoopState.trace_limit");
+static_assert(offsetof(LoopState, trace_lost) == 80, "LoopState.trace_lost");
+static_assert(offsetof(LoopState, next_deadline_ns) == 88, "LoopState.next_deadline_ns");
+static_assert(offsetof(LoopState, n_contents) == 96, "LoopState.n_contents");
+static_assert(offsetof(LoopState, n_free_pages) == 104, "LoopState.n_free_pages");
+static_assert(offsetof(LoopState, n_cached_pages) == 108, "LoopState.n_cached_pages");
+static_assert(offsetof(LoopState, n_active_pages) == 112, "LoopState.n_active_pages");
+static_assert(offsetof(LoopState, n_refs) == 116, "LoopState.n_refs");
+static_assert(offsetof(LoopState, oldest) == 120, "LoopState.oldest");
+static_assert(offsetof(LoopState, newest) == 128, "LoopState.newest");
+static_assert(offsetof(LoopState, n_listed) == 136, "LoopState.n_listed");
+static_assert(offsetof(LoopState, n_order) == 144, "LoopState.n_order");
+static_assert(offsetof(LoopState, n_queued) == 148, "LoopState.n_queued");
+static_assert(offsetof(LoopState, n_preempted) == 152, "LoopState.n_preempted");
+static_assert(offsetof(LoopState, n_free_swap) == 156, "LoopState.n_free_swap");
+static_assert(offsetof(LoopState, n_moves) == 160, "LoopState.n_moves");
+static_assert(offsetof(LoopState, n_preemptions) == 164, "LoopState.n_preemptions");
+static_assert(offsetof(LoopState, n_evictions) == 168, "LoopState.n_evictions");
+static_assert(offsetof(LoopState, admitted_slot) == 172, "LoopState.admitted_slot");
+static_assert(offsetof(LoopState, draft_rows) == 176, "LoopState.draft_rows");
+static_assert(offsetof(LoopState, phase_ticks) == 184, "LoopState.phase_ticks");
+static_assert(offsetof(LoopState, span_ns) == 264, "LoopState.span_ns");
+static_assert(offsetof(LoopState, span_ticks) == 272, "LoopState.span_ticks");
+static_assert(offsetof(LoopState, n_launches) == 280, "LoopState.n_launches");
+static_assert(offsetof(LoopState, launched_ns) == 288, "LoopState.launched_ns");
+static_assert(offsetof(LoopState, busy_ns) == 296, "LoopState.busy_ns");
+static_assert(offsetof(LoopState, beat) == 304, "LoopState.beat");
+static_assert(offsetof(LoopState, beat_ns) == 312, "LoopState.beat_ns");
+static_assert(offsetof(LoopState, n_rounds) == 320, "LoopState.n_rounds");
+static_assert(offsetof(LoopState, n_left) == 328, "LoopState.n_left");
+static_assert(offsetof(LoopState, pong) == 336, "LoopState.pong");
 
 // A word of the page table or of the counts that changed since the device had them.
 struct Patch {
@@ -567,6 +623,21 @@ static_assert(offsetof(FlightEntry, step) == 8, "FlightEntry.step");
 static_assert(offsetof(FlightEntry, phase) == 12, "FlightEntry.phase");
 static_assert(offsetof(FlightEntry, layer) == 14, "FlightEntry.layer");
 
+// When a team ran its share of a phase, in its ring of phase spans.
+struct SpanEntry {
+  uint64_t begin_ns;  // device clock, behind the barrier in front of the phase
+  uint64_t end_ns;  // its share is done; it goes to the barrier behind the phase
+  uint32_t step;  // lowest bits of its number; control: of the step that it plans, else of the one it commits
+  uint16_t phase;  // Phase
+  uint16_t layer;
+};
+static_assert(sizeof(SpanEntry) == 24, "SpanEntry");
+static_assert(offsetof(SpanEntry, begin_ns) == 0, "SpanEntry.begin_ns");
+static_assert(offsetof(SpanEntry, end_ns) == 8, "SpanEntry.end_ns");
+static_assert(offsetof(SpanEntry, step) == 16, "SpanEntry.step");
+static_assert(offsetof(SpanEntry, phase) == 20, "SpanEntry.phase");
+static_assert(offsetof(SpanEntry, layer) == 22, "SpanEntry.layer");
+
 // Words that host and device write for each other; each writer's words share no line with another's.
 struct Mailbox {
   uint64_t submit_tail;  // host: submissions written
@@ -579,7 +650,8 @@ struct Mailbox {
   uint64_t stop;  // host: 1 asks the loop to leave
   uint32_t launches;  // host: launches of the loop
   uint32_t hang;  // watchdog: 1 says that nothing moves
-  uint8_t host_pad[56];
+  uint64_t trace_head;  // host: entries of the decision trace taken; read only where there is one
+  uint8_t host_pad[48];
   uint64_t submit_head;  // device: submissions taken
   uint64_t cancel_head;  // device: cancellations taken
   uint64_t event_tail;  // device: events published; on 16 bytes with the next: one store
@@ -593,7 +665,9 @@ struct Mailbox {
   uint64_t pong;  // device: the `ping` that was answered
   uint32_t leave;  // device: LeaveReason of the launch that ended last
   uint32_t running;  // device: requests that it has seen and not ended
-  uint8_t device_pad[40];
+  uint64_t trace_tail;  // device: entries of the decision trace written
+  uint64_t trace_lost;  // device: those for which there was no room
+  uint8_t device_pad[24];
 };
 static_assert(sizeof(Mailbox) == 256, "Mailbox");
 static_assert(offsetof(Mailbox, submit_tail) == 0, "Mailbox.submit_tail");
@@ -606,7 +680,8 @@ static_assert(offsetof(Mailbox, ping) == 48, "Mailbox.ping");
 static_assert(offsetof(Mailbox, stop) == 56, "Mailbox.stop");
 static_assert(offsetof(Mailbox, launches) == 64, "Mailbox.launches");
 static_assert(offsetof(Mailbox, hang) == 68, "Mailbox.hang");
-static_assert(offsetof(Mailbox, host_pad) == 72, "Mailbox.host_pad");
+static_assert(offsetof(Mailbox, trace_head) == 72, "Mailbox.trace_head");
+static_assert(offsetof(Mailbox, host_pad) == 80, "Mailbox.host_pad");
 static_assert(offsetof(Mailbox, submit_head) == 128, "Mailbox.submit_head");
 static_assert(offsetof(Mailbox, cancel_head) == 136, "Mailbox.cancel_head");
 static_assert(offsetof(Mailbox, event_tail) == 144, "Mailbox.event_tail");
@@ -620,7 +695,9 @@ static_assert(offsetof(Mailbox, pong_ns) == 192, "Mailbox.pong_ns");
 static_assert(offsetof(Mailbox, pong) == 200, "Mailbox.pong");
 static_assert(offsetof(Mailbox, leave) == 208, "Mailbox.leave");
 static_assert(offsetof(Mailbox, running) == 212, "Mailbox.running");
-static_assert(offsetof(Mailbox, device_pad) == 216, "Mailbox.device_pad");
+static_assert(offsetof(Mailbox, trace_tail) == 216, "Mailbox.trace_tail");
+static_assert(offsetof(Mailbox, trace_lost) == 224, "Mailbox.trace_lost");
+static_assert(offsetof(Mailbox, device_pad) == 232, "Mailbox.device_pad");
 
 // Words that teams share with each other only.
 struct GridState {
@@ -688,6 +765,9 @@ struct Params {
   int32_t* swap_table;  // [max_slots, max_slot_pages]; null: there is no swap space
   Move* moves;  // [n_pages + n_swap_pages]; null: likewise
   int32_t* buckets;  // first page of a bucket, -1: none; [n_buckets]
+  TraceEntry* trace;  // null, or the decision trace, [trace_capacity]
+  SpanEntry* spans;  // null, or phase spans, [1 + teams, span_capacity]: of control, then of each team; rings that overwrite their oldest
+  uint64_t* span_counts;  // spans that a ring was given, each on a line of its own, [1 + teams, kLine / 8]
   FlightEntry* flight;  // null, or the flight recorder, [teams, kFlightEntries]
   Patch* patches;  // launched from the host: changes of the page table, then of the counts
   uint64_t spin_deadline_ns;  // a wait that lasts longer aborts the loop
@@ -711,6 +791,8 @@ struct Params {
   int32_t prompt_capacity;  // power of two, tokens
   int32_t event_capacity;  // power of two
   int32_t step_capacity;  // power of two
+  int32_t trace_capacity;  // power of two
+  int32_t span_capacity;  // power of two
   int32_t prefill_chunk;  // prompt tokens of one request in one step at most
   int32_t block;  // most tokens a verification may emit: drafts + 1
   int32_t policy;  // Policy
@@ -724,7 +806,7 @@ struct Params {
   int32_t mismatch_stride;  // oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never
   int32_t forced_stride;  // forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0
 };
-static_assert(sizeof(Params) == 576, "Params");
+static_assert(sizeof(Params) == 608, "Params");
 static_assert(offsetof(Params, embed_tokens) == 0, "Params.embed_tokens");
 static_assert(offsetof(Params, lm_head) == 8, "Params.lm_head");
 static_assert(offsetof(Params, norm) == 16, "Params.norm");
@@ -776,41 +858,69 @@ static_assert(offsetof(Params, swap_free) == 376, "Params.swap_free");
 static_assert(offsetof(Params, swap_table) == 384, "Params.swap_table");
 static_assert(offsetof(Params, moves) == 392, "Params.moves");
 static_assert(offsetof(Params, buckets) == 400, "Params.buckets");
-static_assert(offsetof(Params, flight) == 408, "Params.flight");
-static_assert(offsetof(Params, patches) == 416, "Params.patches");
-static_assert(offsetof(Params, spin_deadline_ns) == 424, "Params.spin_deadline_ns");
-static_assert(offsetof(Params, census_ns) == 432, "Params.census_ns");
-static_assert(offsetof(Params, lease_ns) == 440, "Params.lease_ns");
-static_assert(offsetof(Params, idle_ns) == 448, "Params.idle_ns");
-static_assert(offsetof(Params, heartbeat_ns) == 456, "Params.heartbeat_ns");
-static_assert(offsetof(Params, version) == 464, "Params.version");
-static_assert(offsetof(Params, max_rows) == 468, "Params.max_rows");
-static_assert(offsetof(Params, max_running) == 472, "Params.max_running");
-static_assert(offsetof(Params, max_slots) == 476, "Params.max_slots");
-static_assert(offsetof(Params, max_len) == 480, "Params.max_len");
-static_assert(offsetof(Params, max_spans) == 484, "Params.max_spans");
-static_assert(offsetof(Params, max_slot_pages) == 488, "Params.max_slot_pages");
-static_assert(offsetof(Params, n_pages) == 492, "Params.n_pages");
-static_assert(offsetof(Params, n_buckets) == 496, "Params.n_buckets");
-static_assert(offsetof(Params, n_swap_pages) == 500, "Params.n_swap_pages");
-static_assert(offsetof(Params, n_eos_ids) == 504, "Params.n_eos_ids");
-static_assert(offsetof(Params, scratch_floats) == 508, "Params.scratch_floats");
-static_assert(offsetof(Params, submission_capacity) == 512, "Params.submission_capacity");
-static_assert(offsetof(Params, prompt_capacity) == 516, "Params.prompt_capacity");
-static_assert(offsetof(Params, event_capacity) == 520, "Params.event_capacity");
-static_assert(offsetof(Params, step_capacity) == 524, "Params.step_capacity");
-static_assert(offsetof(Params, prefill_chunk) == 528, "Params.prefill_chunk");
-static_assert(offsetof(Params, block) == 532, "Params.block");
-static_assert(offsetof(Params, policy) == 536, "Params.policy");
-static_assert(offsetof(Params, ageing_steps) == 540, "Params.ageing_steps");
-static_assert(offsetof(Params, eviction) == 544, "Params.eviction");
-static_assert(offsetof(Params, prefix_sharing) == 548, "Params.prefix_sharing");
-static_assert(offsetof(Params, proposer) == 552, "Params.proposer");
-static_assert(offsetof(Params, acceptance) == 556, "Params.acceptance");
-static_assert(offsetof(Params, ngram_min) == 560, "Params.ngram_min");
-static_assert(offsetof(Params, ngram_max) == 564, "Params.ngram_max");
-static_assert(offsetof(Params, mismatch_stride) == 568, "Params.mismatch_stride");
-static_assert(offsetof(Params, forced_stride) == 572, "Params.forced_stride");
+static_assert(offsetof(Params, trace) == 408, "Params.trace");
+static_assert(offsetof(Params, spans) == 416, "Params.spans");
+static_assert(offsetof(Params, span_counts) == 424, "Params.span_counts");
+static_assert(offsetof(Params, flight) == 432, "Params.flight");
+static_assert(offsetof(Params, patches) == 440, "Params.patches");
+static_assert(offsetof(Params, spin_deadline_ns) == 448, "Params.spin_deadline_ns");
+static_assert(offsetof(Params, census_ns) == 456, "Params.census_ns");
+static_assert(offsetof(Params, lease_ns) == 464, "Params.lease_ns");
+static_assert(offsetof(Params, idle_ns) == 472, "Params.idle_ns");
+static_assert(offsetof(Params, heartbeat_ns) == 480, "Params.heartbeat_ns");
+static_assert(offsetof(Params, version) == 488, "Params.version");
+static_assert(offsetof(Params, max_rows) == 492, "Params.max_rows");
+static_assert(offsetof(Params, max_running) == 496, "Params.max_running");
+static_assert(offsetof(Params, max_slots) == 500, "Params.max_slots");
+static_assert(offsetof(Params, max_len) == 504, "Params.max_len");
+static_assert(offsetof(Params, max_spans) == 508, "Params.max_spans");
+static_assert(offsetof(Params, max_slot_pages) == 512, "Params.max_slot_pages");
+static_assert(offsetof(Params, n_pages) == 516, "Params.n_pages");
+static_assert(offsetof(Params, n_buckets) == 520, "Params.n_buckets");
+static_assert(offsetof(Params, n_swap_pages) == 524, "Params.n_swap_pages");
+static_assert(offsetof(Params, n_eos_ids) == 528, "Params.n_eos_ids");
+static_assert(offsetof(Params, scratch_floats) == 532, "Params.scratch_floats");
+static_assert(offsetof(Params, submission_capacity) == 536, "Params.submission_capacity");
+static_assert(offsetof(Params, prompt_capacity) == 540, "Params.prompt_capacity");
+static_assert(offsetof(Params, event_capacity) == 544, "Params.event_capacity");
+static_assert(offsetof(Params, step_capacity) == 548, "Params.step_capacity");
+static_assert(offsetof(Params, trace_capacity) == 552, "Params.trace_capacity");
+static_assert(offsetof(Params, span_capacity) == 556, "Params.span_capacity");
+static_assert(offsetof(Params, prefill_chunk) == 560, "Params.prefill_chunk");
+static_assert(offsetof(Params, block) == 564, "Params.block");
+static_assert(offsetof(Params, policy) == 568, "Params.policy");
+static_assert(offsetof(Params, ageing_steps) == 572, "Params.ageing_steps");
+static_assert(offsetof(Params, eviction) == 576, "Params.eviction");
+static_assert(offsetof(Params, prefix_sharing) == 580, "Params.prefix_sharing");
+static_assert(offsetof(Params, proposer) == 584, "Params.proposer");
+static_assert(offsetof(Params, acceptance) == 588, "Params.acceptance");
+static_assert(offsetof(Params, ngram_min) == 592, "Params.ngram_min");
+static_assert(offsetof(Params, ngram_max) == 596, "Params.ngram_max");
+static_assert(offsetof(Params, mismatch_stride) == 600, "Params.mismatch_stride");
+static_assert(offsetof(Params, forced_stride) == 604, "Params.forced_stride");
+
+// A request of a play, in the order of submission, for who plays its trace again.
+struct PlayRequest {
+  uint64_t request_id;
+  uint64_t seed;
+  uint64_t deadline_ns;  // as submitted; 0: none
+  int32_t prompt_len;  // tokens
+  int32_t max_new_tokens;
+  int32_t priority;
+  int32_t share;
+  int32_t n_output;  // tokens that it put out
+  int32_t n_answers;  // right answers that came with it, the first of what it puts out
+};
+static_assert(sizeof(PlayRequest) == 48, "PlayRequest");
+static_assert(offsetof(PlayRequest, request_id) == 0, "PlayRequest.request_id");
+static_assert(offsetof(PlayRequest, seed) == 8, "PlayRequest.seed");
+static_assert(offsetof(PlayRequest, deadline_ns) == 16, "PlayRequest.deadline_ns");
+static_assert(offsetof(PlayRequest, prompt_len) == 24, "PlayRequest.prompt_len");
+static_assert(offsetof(PlayRequest, max_new_tokens) == 28, "PlayRequest.max_new_tokens");
+static_assert(offsetof(PlayRequest, priority) == 32, "PlayRequest.priority");
+static_assert(offsetof(PlayRequest, share) == 36, "PlayRequest.share");
+static_assert(offsetof(PlayRequest, n_output) == 40, "PlayRequest.n_output");
+static_assert(offsetof(PlayRequest, n_answers) == 44, "PlayRequest.n_answers");
 
 // What kernels/play.cpp plays with the control plane alone; all of it drawn from `seed`.
 struct PlayRules {
@@ -828,8 +938,10 @@ struct PlayRules {
   int32_t away_one_in;  // rounds to one in which the host does not look at the rings
   int32_t priorities;  // levels, uniform
   int32_t recount_every;  // events between full recounts; 0: none, and texts are not checked either
+  PlayRequest* requests;  // null, or what was submitted, [max_requests]
+  int32_t* texts;  // with it, prompt and output of each, [max_requests, Params.max_len]
 };
-static_assert(sizeof(PlayRules) == 72, "PlayRules");
+static_assert(sizeof(PlayRules) == 88, "PlayRules");
 static_assert(offsetof(PlayRules, seed) == 0, "PlayRules.seed");
 static_assert(offsetof(PlayRules, max_requests) == 8, "PlayRules.max_requests");
 static_assert(offsetof(PlayRules, max_events) == 16, "PlayRules.max_events");
@@ -844,6 +956,8 @@ static_assert(offsetof(PlayRules, private_one_in) == 52, "PlayRules.private_one_
 static_assert(offsetof(PlayRules, away_one_in) == 56, "PlayRules.away_one_in");
 static_assert(offsetof(PlayRules, priorities) == 60, "PlayRules.priorities");
 static_assert(offsetof(PlayRules, recount_every) == 64, "PlayRules.recount_every");
+static_assert(offsetof(PlayRules, requests) == 72, "PlayRules.requests");
+static_assert(offsetof(PlayRules, texts) == 80, "PlayRules.texts");
 
 // What came of it.
 struct PlayResult {
@@ -885,6 +999,145 @@ static_assert(offsetof(PlayResult, accepted) == 112, "PlayResult.accepted");
 static_assert(offsetof(PlayResult, control_ns) == 120, "PlayResult.control_ns");
 static_assert(offsetof(PlayResult, fault) == 128, "PlayResult.fault");
 static_assert(offsetof(PlayResult, detail) == 132, "PlayResult.detail");
+
+// A request of kernels/simulate.cpp; they come by arrival.
+struct SimulatedRequest {
+  uint64_t arrival_ns;  // virtual time at which the host submits it
+  uint64_t deadline_ns;  // after its arrival; 0: none
+  uint64_t seed;  // of its output, and of what is its own of its prompt
+  uint64_t tokens_begin;  // its prompt in SimulateRules.tokens, if there are any
+  uint64_t blocks_begin;  // its first entry in SimulateRules.blocks
+  int32_t n_blocks;  // blocks of the prompt, from its beginning, that others may share; the rest is its own
+  int32_t prompt_len;  // tokens
+  int32_t max_new_tokens;  // it puts out as many
+  int32_t priority;
+  int32_t share;  // 1: it may use pages of others and leave its own to them
+};
+static_assert(sizeof(SimulatedRequest) == 64, "SimulatedRequest");
+static_assert(offsetof(SimulatedRequest, arrival_ns) == 0, "SimulatedRequest.arrival_ns");
+static_assert(offsetof(SimulatedRequest, deadline_ns) == 8, "SimulatedRequest.deadline_ns");
+static_assert(offsetof(SimulatedRequest, seed) == 16, "SimulatedRequest.seed");
+static_assert(offsetof(SimulatedRequest, tokens_begin) == 24, "SimulatedRequest.tokens_begin");
+static_assert(offsetof(SimulatedRequest, blocks_begin) == 32, "SimulatedRequest.blocks_begin");
+static_assert(offsetof(SimulatedRequest, n_blocks) == 40, "SimulatedRequest.n_blocks");
+static_assert(offsetof(SimulatedRequest, prompt_len) == 44, "SimulatedRequest.prompt_len");
+static_assert(offsetof(SimulatedRequest, max_new_tokens) == 48, "SimulatedRequest.max_new_tokens");
+static_assert(offsetof(SimulatedRequest, priority) == 52, "SimulatedRequest.priority");
+static_assert(offsetof(SimulatedRequest, share) == 56, "SimulatedRequest.share");
+
+// What became of a request; times are of the loop's clock, 0: it never came so far.
+struct SimulatedOutcome {
+  uint64_t seen_ns;  // the loop took it from the ring
+  uint64_t admitted_ns;  // first admission
+  uint64_t first_token_ns;  // commit of its first token; the host sees it publish_ns later, likewise below
+  uint64_t last_token_ns;
+  uint64_t finished_ns;
+  int32_t instance;  // that served it
+  int32_t reason;  // FinishReason
+  int32_t n_output;  // tokens
+  int32_t n_cached;  // prompt tokens found at its first admission
+  int32_t n_preemptions;
+  int32_t n_drafts;  // verified
+  int32_t n_accepted;  // of them
+};
+static_assert(sizeof(SimulatedOutcome) == 72, "SimulatedOutcome");
+static_assert(offsetof(SimulatedOutcome, seen_ns) == 0, "SimulatedOutcome.seen_ns");
+static_assert(offsetof(SimulatedOutcome, admitted_ns) == 8, "SimulatedOutcome.admitted_ns");
+static_assert(offsetof(SimulatedOutcome, first_token_ns) == 16, "SimulatedOutcome.first_token_ns");
+static_assert(offsetof(SimulatedOutcome, last_token_ns) == 24, "SimulatedOutcome.last_token_ns");
+static_assert(offsetof(SimulatedOutcome, finished_ns) == 32, "SimulatedOutcome.finished_ns");
+static_assert(offsetof(SimulatedOutcome, instance) == 40, "SimulatedOutcome.instance");
+static_assert(offsetof(SimulatedOutcome, reason) == 44, "SimulatedOutcome.reason");
+static_assert(offsetof(SimulatedOutcome, n_output) == 48, "SimulatedOutcome.n_output");
+static_assert(offsetof(SimulatedOutcome, n_cached) == 52, "SimulatedOutcome.n_cached");
+static_assert(offsetof(SimulatedOutcome, n_preemptions) == 56, "SimulatedOutcome.n_preemptions");
+static_assert(offsetof(SimulatedOutcome, n_drafts) == 60, "SimulatedOutcome.n_drafts");
+static_assert(offsetof(SimulatedOutcome, n_accepted) == 64, "SimulatedOutcome.n_accepted");
+
+// What an instance of a simulated fleet did.
+struct SimulatedTotals {
+  uint64_t requests;  // routed to it
+  uint64_t finished;  // ended, in whatever way
+  uint64_t steps;
+  uint64_t rows;
+  uint64_t sample_rows;
+  uint64_t tokens;  // put out
+  uint64_t prompt_tokens;  // of requests that were admitted
+  uint64_t cached_tokens;  // of them, found in shared pages at the first admission
+  uint64_t recomputed_rows;
+  uint64_t evictions;
+  uint64_t preemptions;
+  uint64_t moves;  // pages to the swap space and back
+  uint64_t drafts;  // verified
+  uint64_t accepted;
+  uint64_t busy_ns;  // a step was in flight
+  uint64_t idle_ns;  // until the fleet's last event
+  uint64_t present_ns;  // integral over time of the requests that it had seen and not ended
+  uint64_t waiting_ns;  // of them, those that were never admitted
+};
+static_assert(sizeof(SimulatedTotals) == 144, "SimulatedTotals");
+static_assert(offsetof(SimulatedTotals, requests) == 0, "SimulatedTotals.requests");
+static_assert(offsetof(SimulatedTotals, finished) == 8, "SimulatedTotals.finished");
+static_assert(offsetof(SimulatedTotals, steps) == 16, "SimulatedTotals.steps");
+static_assert(offsetof(SimulatedTotals, rows) == 24, "SimulatedTotals.rows");
+static_assert(offsetof(SimulatedTotals, sample_rows) == 32, "SimulatedTotals.sample_rows");
+static_assert(offsetof(SimulatedTotals, tokens) == 40, "SimulatedTotals.tokens");
+static_assert(offsetof(SimulatedTotals, prompt_tokens) == 48, "SimulatedTotals.prompt_tokens");
+static_assert(offsetof(SimulatedTotals, cached_tokens) == 56, "SimulatedTotals.cached_tokens");
+static_assert(offsetof(SimulatedTotals, recomputed_rows) == 64, "SimulatedTotals.recomputed_rows");
+static_assert(offsetof(SimulatedTotals, evictions) == 72, "SimulatedTotals.evictions");
+static_assert(offsetof(SimulatedTotals, preemptions) == 80, "SimulatedTotals.preemptions");
+static_assert(offsetof(SimulatedTotals, moves) == 88, "SimulatedTotals.moves");
+static_assert(offsetof(SimulatedTotals, drafts) == 96, "SimulatedTotals.drafts");
+static_assert(offsetof(SimulatedTotals, accepted) == 104, "SimulatedTotals.accepted");
+static_assert(offsetof(SimulatedTotals, busy_ns) == 112, "SimulatedTotals.busy_ns");
+static_assert(offsetof(SimulatedTotals, idle_ns) == 120, "SimulatedTotals.idle_ns");
+static_assert(offsetof(SimulatedTotals, present_ns) == 128, "SimulatedTotals.present_ns");
+static_assert(offsetof(SimulatedTotals, waiting_ns) == 136, "SimulatedTotals.waiting_ns");
+
+// The workload of kernels/simulate.cpp and how it is served.
+struct SimulateRules {
+  const SimulatedRequest* requests;  // [n_requests], by arrival
+  SimulatedOutcome* outcomes;  // [n_requests]
+  SimulatedTotals* totals;  // [n_instances]
+  const int32_t* tokens;  // prompts, or null: they are made from blocks and seeds
+  const uint64_t* blocks;  // what a block of a prompt is; equal numbers are equal tokens
+  uint64_t n_requests;
+  double acceptance_rate;  // share of drafts that hold, drawn by (seed, output index); below 0: the text decides
+  int32_t block_tokens;  // tokens of a block
+  int32_t n_instances;
+  int32_t router;  // Router
+  int32_t answers;  // 1: the right answers come with each request (Proposer.ORACLE)
+  int32_t affinity_blocks;  // first blocks of a prompt by which PREFIX_AFFINITY routes
+  int32_t affinity_percent;  // of the mean load, above which it looks for the next instance
+};
+static_assert(sizeof(SimulateRules) == 80, "SimulateRules");
+static_assert(offsetof(SimulateRules, requests) == 0, "SimulateRules.requests");
+static_assert(offsetof(SimulateRules, outcomes) == 8, "SimulateRules.outcomes");
+static_assert(offsetof(SimulateRules, totals) == 16, "SimulateRules.totals");
+static_assert(offsetof(SimulateRules, tokens) == 24, "SimulateRules.tokens");
+static_assert(offsetof(SimulateRules, blocks) == 32, "SimulateRules.blocks");
+static_assert(offsetof(SimulateRules, n_requests) == 40, "SimulateRules.n_requests");
+static_assert(offsetof(SimulateRules, acceptance_rate) == 48, "SimulateRules.acceptance_rate");
+static_assert(offsetof(SimulateRules, block_tokens) == 56, "SimulateRules.block_tokens");
+static_assert(offsetof(SimulateRules, n_instances) == 60, "SimulateRules.n_instances");
+static_assert(offsetof(SimulateRules, router) == 64, "SimulateRules.router");
+static_assert(offsetof(SimulateRules, answers) == 68, "SimulateRules.answers");
+static_assert(offsetof(SimulateRules, affinity_blocks) == 72, "SimulateRules.affinity_blocks");
+static_assert(offsetof(SimulateRules, affinity_percent) == 76, "SimulateRules.affinity_percent");
+
+// How a simulation ended.
+struct SimulateResult {
+  uint64_t end_ns;  // virtual time of the last event
+  uint64_t rounds;  // of control, over all instances
+  int32_t instance;  // that stopped it
+  int32_t fault;  // AbortReason, or -1: an instance has requests and nothing to do
+};
+static_assert(sizeof(SimulateResult) == 24, "SimulateResult");
+static_assert(offsetof(SimulateResult, end_ns) == 0, "SimulateResult.end_ns");
+static_assert(offsetof(SimulateResult, rounds) == 8, "SimulateResult.rounds");
+static_assert(offsetof(SimulateResult, instance) == 16, "SimulateResult.instance");
+static_assert(offsetof(SimulateResult, fault) == 20, "SimulateResult.fault");
 
 #if defined(XL_VOCAB_SIZE)
 // The model's dimensions as compile-time constants, from -D definitions (see toolchain.dims_defines).

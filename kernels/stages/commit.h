@@ -58,6 +58,7 @@ XL_FN FinishReason finish_reason_of(const Params& p, int slot_id, int token) {
 // Ends the request of a slot: event, pages back, slot free. Its place in `order` or in the queue is the caller's to close.
 XL_FN void finish_slot(const Grid& grid, const Params& p, int page_size, int slot_id, uint64_t now_ns, FinishReason reason) {
   Slot& slot = p.slots[slot_id];
+  trace(p, TraceKind::kFinish, slot.request_id, int(reason), slot.length - slot.prompt_len);
   write_finished(p, slot.request_id, now_ns, reason, slot.length - slot.prompt_len);
   // Pages that were to come back from the swap space, and did not, hold nothing that others may find.
   const bool stored = !drop_moves(p, slot_id);
@@ -90,8 +91,10 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
   slot.computed += verified ? 1 + slot.n_accepted : slot.row_count;
   const uint64_t first_event = p.state->event_tail;
   int n_accepted = slot.n_accepted;
-  bool finished = false, counted = false;  // counted: the first event carries n_accepted
-  for (int i = 0; i < slot.n_emitted && !finished; ++i) {
+  FinishReason reason = FinishReason::kNone;
+  bool counted = false;  // the first event carries n_accepted
+  const int before = slot.length;
+  for (int i = 0; i < slot.n_emitted && reason == FinishReason::kNone; ++i) {
     const int token = slot.emitted[i];
     if (token >= 0) {
       tokens[slot.length++] = token;
@@ -107,21 +110,22 @@ XL_FN bool stage_commit(const Grid& grid, const Params& p, const Dims& d, int sl
       write_event(p, event);
       ++record.n_tokens;
     }
-    const FinishReason reason = finish_reason_of(p, slot_id, token);
-    if (reason != FinishReason::kNone) {
-      // The last token of an output counts as the target's own, even if a draft had it: emitted = accepted + 1 always.
-      if (n_accepted > i) n_accepted = i;
-      finish_slot(grid, p, page_size, slot_id, now_ns, reason);
-      ++record.n_finished;
-      finished = true;
-    }
+    reason = finish_reason_of(p, slot_id, token);
+    // The last token of an output counts as the target's own, even if a draft had it: emitted = accepted + 1 always.
+    if (reason != FinishReason::kNone && n_accepted > i) n_accepted = i;
   }
   if (verified) {
     record.n_accepted += n_accepted;
     // Written, never read back: on a GPU the ring lies in the host's memory.
     if (counted) ring_entry(p.events, p.event_capacity, first_event).n_accepted = n_accepted;
   }
-  if (finished) return true;
+  const int stored = slot.computed < slot.length ? slot.computed : slot.length;
+  trace(p, TraceKind::kCommit, slot.request_id, slot.length - before, verified ? n_accepted : 0, stored);
+  if (reason != FinishReason::kNone) {
+    finish_slot(grid, p, page_size, slot_id, now_ns, reason);
+    ++record.n_finished;
+    return true;
+  }
   // What a preempted request had put out is prefilled like a prompt, up to its last token.
   if (slot.n_emitted > 0 || (slot.length > slot.prompt_len && slot.computed == slot.length - 1))
     slot.state = int(SlotState::kDecode);

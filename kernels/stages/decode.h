@@ -6,6 +6,7 @@
 namespace xl {
 
 XL_FN void add_row(const Params& p, Slot& slot, int slot_id, int position, int token, bool sampled) {
+  p.record->attended_tokens += position + 1;
   Step& step = *p.step;
   if (slot.row_count == 0) slot.row_begin = step.n_rows;
   ++slot.row_count;
@@ -27,6 +28,7 @@ XL_FN void stage_decode(const Params& p, int page_size, StepRecord& record) {
     if (slot.state != int(SlotState::kDecode)) continue;
     record.pages_draft += slot.n_pages - pages_for(slot.length, page_size);
     record.context_tokens += slot.length + slot.n_drafts;
+    trace(p, TraceKind::kRows, slot.request_id, slot.length - 1, 1 + slot.n_drafts, 0);
     const int last = tokens_of(p, slot_id)[slot.length - 1];
     add_row(p, slot, slot_id, slot.length - 1, last, true);
     for (int j = 0; j < slot.n_drafts; ++j) add_row(p, slot, slot_id, slot.length + j, slot.drafts[j], true);

@@ -5,8 +5,8 @@
 // parent count as found. Kwon et al. 2023 (vLLM) chain hashes in this way.
 #pragma once
 
-#include "ring.h"
 #include "sync.h"
+#include "trace.h"
 
 namespace xl {
 
@@ -48,7 +48,6 @@ XL_FN int find_page(const Params& p, uint64_t hash, uint64_t parent, const int32
 // which they became so. SLRU (Karedla et al. 1994): list 1 has those that were found at least once, up to kProtectedShare of all
 // pages; those that were not go first, so prompts that nobody repeats cannot push out a prefix that many share.
 constexpr int kLists = 2;
-constexpr int kProtectedShare = 5;  // list 1 holds at most all pages but one in this many
 
 XL_FN void list_page(const Params& p, int page, int list) {
   LoopState& state = *p.state;
@@ -91,6 +90,7 @@ XL_FN void list_cached(const Params& p, int page) {
     const int demoted = state.oldest[1];
     unlist_page(p, demoted);
     list_page(p, demoted, 0);
+    trace(p, TraceKind::kDemote, 0, demoted);
   }
 }
 
@@ -121,6 +121,7 @@ XL_FN int take_page(const Grid& grid, const Params& p) {
   } else {
     if (state.n_cached_pages == 0) return -1;
     page = oldest_cached(p);
+    trace(p, TraceKind::kEvict, p.pages[page].content, page);
     unlist_page(p, page);
     forget_content(p, page);
     --state.n_cached_pages;
@@ -134,6 +135,7 @@ XL_FN int take_page(const Grid& grid, const Params& p) {
   entry.refs = 1;
   ++state.n_refs;
   ++state.n_active_pages;
+  trace(p, TraceKind::kAlloc, 0, page);
   return page;
 }
 
@@ -147,6 +149,7 @@ XL_FN void hold_page(const Params& p, int page) {
     ++state.n_active_pages;
   }
   ++state.n_refs;
+  trace(p, TraceKind::kHold, entry.content, page, entry.refs);
 }
 
 // One table less holds the page; the last one leaves it cached if it is addressable, else free.
@@ -155,7 +158,9 @@ XL_FN void release_page(const Grid& grid, const Params& p, int page) {
   Page& entry = p.pages[page];
   if (entry.refs <= 0) return grid.abort(AbortReason::kPageDoubleFree);
   --state.n_refs;
-  if (--entry.refs > 0) return;
+  --entry.refs;
+  trace(p, TraceKind::kRelease, 0, page, entry.refs, entry.refs > 0 ? 2 : entry.content != 0);
+  if (entry.refs > 0) return;
   --state.n_active_pages;
   if (entry.content != 0) {
     ++state.n_cached_pages;
@@ -172,6 +177,7 @@ XL_FN void register_page(const Params& p, int page, uint64_t hash, uint64_t pare
   entry.parent = parent;
   entry.content = ++p.state->n_contents;
   entry.hits = 0;
+  trace(p, TraceKind::kPublish, entry.content, page);
   int32_t* own = p.page_tokens + size_t(page) * size_t(page_size);
   for (int i = 0; i < page_size; ++i) own[i] = tokens[i];
   int32_t& bucket = bucket_of(p, hash);

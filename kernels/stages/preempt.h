@@ -15,7 +15,9 @@ XL_FN void preempt_last(const Grid& grid, const Params& p, int page_size, uint64
   const int slot_id = p.order[--state.n_order];
   Slot& slot = p.slots[slot_id];
   if (slot.computed > slot.n_stored) slot.n_stored = slot.computed;
-  if (p.n_swap_pages > 0) swap_out(p, page_size, slot_id);
+  const int swapped = pages_to_swap(p, page_size, slot);
+  trace(p, TraceKind::kPreempt, slot.request_id, slot.n_pages, swapped);
+  if (swapped > 0) swap_out(p, slot_id, swapped);
   stage_kv_shrink(grid, p, page_size, slot_id, 0);
   slot.computed = slot.row_count = slot.n_drafts = 0;
   slot.state = int(SlotState::kPreempted);

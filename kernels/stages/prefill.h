@@ -25,6 +25,7 @@ XL_FN void stage_prefill(const Params& p, int page_size, StepRecord& record) {
     if (count > slot.n_pages * page_size - slot.computed) count = slot.n_pages * page_size - slot.computed;
     if (count <= 0) continue;
     record.context_tokens += slot.computed + count;
+    trace(p, TraceKind::kRows, slot.request_id, slot.computed, count, 1);
     const int32_t* tokens = tokens_of(p, slot_id);
     const int sampled = slot.length == slot.prompt_len ? slot.prompt_len - 1 : -1;
     for (int j = 0; j < count; ++j) {

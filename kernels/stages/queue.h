@@ -1,7 +1,7 @@
 // queue: who waits, in a binary heap by (rank, number); the smallest goes first. Ranks do not change while a request waits:
 // ageing is in them. Under Policy::kPriority a rank is the step of arrival plus ageing_steps times the priority, so a request
 // that has waited ageing_steps longer goes before one of the next better priority, and nobody is overtaken by requests that
-// arrive later than ageing_steps times the difference of their priorities. Under kShortestPrompt, 16 prompt tokens count as one
+// arrive later than ageing_steps times the difference of their priorities. Under kShortestPrompt, kTokensPerLevel prompt tokens count as one
 // level. Under kFcfs all ranks are equal and the number of the submission decides.
 #pragma once
 
@@ -9,8 +9,6 @@
 #include "sync.h"
 
 namespace xl {
-
-constexpr int kTokensPerLevel = 16;
 
 XL_FN int64_t rank_of(const Params& p, const Submission& submission, uint64_t step) {
   switch (Policy(p.policy)) {

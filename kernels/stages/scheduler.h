@@ -65,6 +65,7 @@ XL_FN void take_submissions(Team& team, const Params& p, uint64_t now_ns) {
       if (state.next_deadline_ns == 0 || submission.deadline_ns < state.next_deadline_ns)
         state.next_deadline_ns = submission.deadline_ns;
     }
+    trace(p, TraceKind::kSeen, submission.request_id);
     ring_entry(p.gone, p.submission_capacity, at) = 0;
     queue_push(p, rank_of(p, submission, state.n_steps), at, -1);
   }
@@ -87,7 +88,9 @@ XL_FN void finish_queued(const Grid& grid, const Params& p, int page_size, int a
   const QueueEntry entry = p.heap[at];
   queue_remove(p, at);
   if (entry.slot >= 0) return finish_slot(grid, p, page_size, entry.slot, now_ns, reason);
-  write_finished(p, ring_entry(p.queue, p.submission_capacity, entry.number).request_id, now_ns, reason, 0);
+  const uint64_t id = ring_entry(p.queue, p.submission_capacity, entry.number).request_id;
+  trace(p, TraceKind::kFinish, id, int(reason), 0);
+  write_finished(p, id, now_ns, reason, 0);
   let_submission_go(p, entry.number);
 }
 
@@ -112,6 +115,7 @@ XL_FN void take_cancellations(const Grid& grid, const Params& p, const HostWords
   if (state.cancel_head == host.cancel_tail) return;
   for (; state.cancel_head < host.cancel_tail && free_events(p, host) > events_per_round(p); ++state.cancel_head) {
     const uint64_t id = ring_entry(p.cancels, p.submission_capacity, state.cancel_head);
+    trace(p, TraceKind::kCancel, id);
     int i = 0, at = 0;
     while (i < state.n_order && p.slots[p.order[i]].request_id != id) ++i;
     if (i < state.n_order) {
@@ -223,9 +227,6 @@ XL_FN int owed_pages(const Params& p, int page_size) {
   return owed;
 }
 
-// vLLM's watermark: beside others a request is admitted only if one page in this many stays, so that it is not preempted at once.
-constexpr int kWatermark = 100;
-
 // Thread 0. The slot joins the running if there are pages for all of its tokens.
 XL_FN bool admit(const Grid& grid, const Params& p, int page_size, int slot_id, uint64_t now_ns) {
   LoopState& state = *p.state;
@@ -235,9 +236,11 @@ XL_FN bool admit(const Grid& grid, const Params& p, int page_size, int slot_id, 
   const int available = state.n_free_pages + state.n_cached_pages - found.n_cached - owed_pages(p, page_size) - spare;
   if (pages_for(slot.length, page_size) - found.n_pages > available) return false;
   hold_shared_prefix(p, page_size, slot_id, found);
-  if (slot.n_swapped > slot.n_pages) swap_in(grid, p, slot_id);
+  const int before = slot.n_pages;
+  if (slot.n_swapped > before) swap_in(grid, p, slot_id);
   release_swap(p, slot_id);
   const bool resumed = slot.state == int(SlotState::kPreempted);
+  trace(p, TraceKind::kAdmit, slot.request_id, resumed, found.n_pages, slot.n_pages - before);
   if (resumed) --state.n_preempted;
   slot.state = int(slot.length > slot.prompt_len && slot.computed == slot.length - 1 ? SlotState::kDecode : SlotState::kPrefill);
   int at = state.n_order++;

@@ -15,14 +15,19 @@ XL_FN void add_move(const Params& p, int slot_id, int page, int swap_page, bool 
   move.swap_page = swap_page;
   move.slot = slot_id;
   move.out = out;
+  trace(p, TraceKind::kMove, 0, page, swap_page, out);
 }
 
-// Copies the stored tokens of a slot that is about to lose its pages, if there is room for all of them.
-XL_FN void swap_out(const Params& p, int page_size, int slot_id) {
+// Pages of a slot that is about to lose them for which the swap space has room: all that hold stored tokens, or none.
+XL_FN int pages_to_swap(const Params& p, int page_size, const Slot& slot) {
+  const int count = p.n_swap_pages > 0 ? pages_for(slot.computed, page_size) : 0;
+  return count <= p.state->n_free_swap ? count : 0;
+}
+
+// Orders the copies of the slot's first `count` pages.
+XL_FN void swap_out(const Params& p, int slot_id, int count) {
   Slot& slot = p.slots[slot_id];
   LoopState& state = *p.state;
-  const int count = pages_for(slot.computed, page_size);
-  if (count > state.n_free_swap) return;
   for (int i = 0; i < count; ++i) {
     const int place = p.swap_free[--state.n_free_swap];
     swap_table_of(p, slot_id)[i] = place;

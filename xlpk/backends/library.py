@@ -40,6 +40,7 @@ class CpuLibrary:
             "xl_cancel": (i32, [pointer, u64]),
             "xl_take_events": (i32, [pointer, pointer, pointer, i32]),
             "xl_take_steps": (i32, [pointer, pointer, i32]),
+            "xl_take_trace": (i32, [pointer, pointer, i32]),
             "xl_aborted": (i32, [pointer]),
             "xl_left": (u64, [pointer]),
             "xl_stop": (None, [pointer]),

@@ -34,6 +34,7 @@ class Limits:
     max_waiting: int = 256  # submissions that the loop holds back; a power of two
     policy: layout.Policy = layout.Policy.FCFS
     ageing_steps: int = 64
+    trace: int = 0  # entries of the decision trace that are kept until the host takes them, a power of two; 0: off
 
     @property
     def slots(self) -> int:
@@ -83,6 +84,7 @@ def buffer_table(
         "events": ((events,), layout.EVENT.dtype),
         "logprobs": ((events,), layout.LOGPROBS.dtype),
         "step_records": ((8192,), layout.STEP_RECORD.dtype),
+        "trace": ((limits.trace,), layout.TRACE_ENTRY.dtype),
         "state": ((1,), layout.LOOP_STATE.dtype),
         "step": ((1,), layout.STEP.dtype),
         "record": ((1,), layout.STEP_RECORD.dtype),
@@ -113,6 +115,7 @@ RINGS = (
     "events",
     "logprobs",
     "step_records",
+    "trace",
 )  # host and device reach them
 
 
@@ -195,6 +198,7 @@ def session_values(
         "prompt_capacity": shapes["prompts"][0][0],
         "event_capacity": shapes["events"][0][0],
         "step_capacity": shapes["step_records"][0][0],
+        "trace_capacity": limits.trace,
         "prefill_chunk": limits.prefill_chunk,
         "block": spec.block,
         "proposer": spec.code,

@@ -28,6 +28,7 @@ from xlpk.workload import Request
 from xlpk.workload.base import MAX_DEADLINE_MS
 
 CANCEL_S = 30.0  # for room in the ring of cancellations, which every step empties
+TRACE_ENTRIES = 1 << 18  # 8 MiB: what a busy loop decides in a tenth of a second
 _BATCH = 4096  # records taken from a ring in one call
 _FINISH_REASONS = {int(reason): reason.name.lower() for reason in layout.FinishReason}
 
@@ -51,8 +52,10 @@ class Submitter:
         spec: Proposer | None = None,
         acceptance: Acceptance | None = None,
         library: CpuLibrary | None = None,
+        trace: bool = False,
     ) -> None:
-        """`cache`: folder of finished builds. `library`: the compiled kernels; else built at first use."""
+        """`cache`: folder of finished builds. `library`: the compiled kernels; else built at first use. `trace`: keep
+        what the control plane decides (see `decisions`)."""
         self._report = BackendReport()
         self.spec: Proposer = spec or NoSpec()
         self.acceptance: Acceptance = acceptance or Keyed()
@@ -63,7 +66,7 @@ class Submitter:
         if not 1 <= self.spec.block <= min(layout.MAX_BLOCK, max_step_rows):
             raise InputError("spec.block", self.spec.block, f"1 to {min(layout.MAX_BLOCK, max_step_rows)}")
         self.limits = Limits(
-            max_num_seqs, max_step_rows, prefill_chunk, max_waiting, layout.Policy[policy.upper()], ageing_steps
+            max_num_seqs, max_step_rows, prefill_chunk, max_waiting, layout.Policy[policy.upper()], ageing_steps, TRACE_ENTRIES if trace else 0
         )
         self._cache = cache
         self._library = library
@@ -96,6 +99,13 @@ class Submitter:
         self._events = np.zeros(_BATCH, layout.EVENT.dtype)
         self._logprobs = np.zeros(_BATCH, layout.LOGPROBS.dtype)
         self._steps = np.zeros(_BATCH, layout.STEP_RECORD.dtype)
+        self._entries = np.zeros(_BATCH, layout.TRACE_ENTRY.dtype)
+        self._decisions: list[np.ndarray[Any, Any]] = []
+        self.lost_decisions = 0  # that found no room, since the host did not poll often enough
+
+    def decisions(self) -> np.ndarray[Any, Any]:
+        """What the control plane decided, as far as `poll` took it: TRACE_ENTRY in order, but for `lost_decisions`."""
+        return np.concatenate([np.zeros(0, layout.TRACE_ENTRY.dtype), *self._decisions])
 
     def check(self, request: Request) -> None:
         """Raises InputError for a request that this session can never run."""
@@ -159,7 +169,17 @@ class Submitter:
                 break
         host_ns = time.monotonic_ns()
         out += [_step(record, host_ns) for record in steps.tolist()]
+        if self.limits.trace:
+            self._take_decisions()
         return out
+
+    def _take_decisions(self) -> None:
+        count = _BATCH
+        while count == _BATCH:
+            count = self.library.dll.xl_take_trace(self._params, self._entries.ctypes.data, _BATCH)
+            if count:
+                self._decisions.append(self._entries[:count].copy())
+        self.lost_decisions = int(self._mailbox["trace_lost"][0])
 
     def _aborted(self) -> bool:
         return bool(self.library.dll.xl_aborted(self._params))
