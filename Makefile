@@ -1,10 +1,10 @@
-# make run | bench | bench-peers | test | test-all | lint | clean
+# make run | bench | bench-peers | test | test-all | soak | lint | clean
 # Each makes .venv if there is none and installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: run bench bench-peers test test-all lint clean
+.PHONY: run bench bench-peers test test-all soak lint clean
 
 # Where there are NVIDIA's driver and compiler, PyCUDA is installed too (docs/cuda.md); the run says which backend it takes.
 HAS_CUDA := $(shell command -v nvcc >/dev/null 2>&1 && ldconfig -p 2>/dev/null | grep -q 'libcuda\.so\.1' && echo yes)
@@ -23,6 +23,10 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-peers $(VENV)/.installed-launchers $(VENV)/.installed-browser
 	$(PY) -m pytest
+
+# The control plane under random play, on all cores; goes on where it was. EVENTS=1e8 make soak: fewer.
+soak: $(VENV)/.installed
+	$(PY) -m xlpk.soak --events $(or $(EVENTS),1e9)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -37,10 +37,10 @@ XL_FN void commit_step(const Grid& grid, const Params& p, const Dims& d, uint64_
     }
   }
   state.n_order = kept;
-  // A page that k tables hold is full, and was counted k times.
-  const int shared = state.n_refs - state.n_active_pages;
-  record.live_pages -= shared;
-  record.live_tokens -= shared * d.page_size;
+  // A page with k references is full, and counts once.
+  const int more = state.n_pinned_pages - (state.n_refs - state.n_active_pages);
+  record.live_pages += more;
+  record.live_tokens += more * d.page_size;
   check_page_conservation(grid, p);
   record.end_ns = now_ns;
   for (int i = 0; i < kPhases; ++i) {
@@ -88,6 +88,7 @@ XL_FN void plan_step(const Grid& grid, const Params& p, int page_size, uint64_t 
   record.pages_free = state.n_free_pages;
   record.pages_cached = state.n_cached_pages;
   record.pages_active = state.n_active_pages - record.pages_draft;
+  record.pages_pinned = state.n_pinned_pages;
   record.pages_locked = record.pages_active - unlocked_pages(p);
   trace(p, TraceKind::kStep, step.step, step.n_rows, step.n_sample_rows, step.n_moves);
 }
@@ -135,7 +136,10 @@ XL_FN void publish_round(const Params& p) {
   mailbox.running = uint32_t(p.state->n_order + p.state->n_queued);
   publish_trace(p);
   store_relaxed_system(&mailbox.progress, ++p.state->n_rounds);  // a sign of life, which nobody reads others by
-  if (p.step->leave == int(LeaveReason::kNone)) return;
+  if (p.step->leave == int(LeaveReason::kNone)) {
+    ++p.state->n_check_ins;  // who leaves does not check in
+    return;
+  }
   mailbox.leave = uint32_t(p.step->leave);
   store_release_system(&mailbox.n_left, ++p.state->n_left);
 }
@@ -161,6 +165,7 @@ XL_FN void phase_control_at(Team& team, const Grid& grid, const Params& p, const
   HostWords host = {};  // thread 0's
   if (team.thread() == 0) {
     begin_trace(p);
+    state.round_ns = now_ns;
     const bool committed = p.step->n_rows > 0;
     if (committed) commit_step(grid, p, d, now_ns);
     begin_phase(state, Phase::kControl, begin_ticks);  // behind the commit, which takes the time of rounds before this one

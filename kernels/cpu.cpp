@@ -191,7 +191,9 @@ void run_launched(Session& s, int team_id, int thread) {
     for (uint64_t next = 0; wait_for_command(s, team, next); ++next) {
       const Command command = s.commands[next % kCommands];
       const uint64_t begin = clock_ticks();
+      begin_team_span(team, grid, s.params, command.phase, command.layer, s.params.step->step, grid.spans);
       run_phase(command.phase, team, grid, s.params, d, command.layer);
+      end_team_span(team, grid, s.params, grid.spans);
       if (!grid.sync(team)) return;
       if (team_id == 0 && thread == 0) {
         s.params.state->phase_ticks[int(command.phase)] += clock_ticks() - begin;
@@ -330,8 +332,21 @@ int32_t xl_control(const Params* params, const xl::Dims* dims) {
   ControlTeam team(nullptr);
 #endif
   const Grid grid{params->grid, params->mailbox, 0, 1, params->spin_deadline_ns, 0};
+  begin_control_span(*params);
   phase_control(team, grid, *params, *dims);
+  end_control_span(*params);
   return params->step->n_rows;
+}
+
+// Launched from the host, beside the step that it planned: what control would do for requests that wait.
+void xl_prepare(const Params* params, const xl::Dims* dims) {
+#if defined(XL_RACE)
+  RaceShared<1, 1> shared;
+  ControlTeam team(&shared, 0);
+#else
+  ControlTeam team(nullptr);
+#endif
+  prepare_requests(team, *params, *dims);
 }
 
 // Launched from a host with a device: after control, what changed in the page table and in the counts since the last call, as

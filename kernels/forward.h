@@ -11,6 +11,7 @@
 #include "phases/move.h"
 #include "phases/output.h"
 #include "phases/qkv.h"
+#include "spans.h"
 
 namespace xl {
 
@@ -42,6 +43,14 @@ XL_FN bool for_each_phase(const Dims& d, Visit visit) {
   return true;
 }
 
+// Barriers of the step that was planned.
+template <class Dims>
+XL_FN int barriers_of_step(const Params& p, const Dims& d) {
+  const int optional = (p.step->n_filter_rows > 0) + (p.step->n_moves > 0) - 2;
+  const int layers = d.num_hidden_layers * (kLastLayerPhase - kFirstLayerPhase + 1);
+  return layers + int(Phase::kControl) - (kLastLayerPhase - kFirstLayerPhase + 1) + optional;
+}
+
 // Runs a step. False: aborted at a barrier.
 template <class Team, class Dims>
 XL_FN bool forward(Team& team, Grid& grid, const Params& p, const Dims& d) {
@@ -54,10 +63,12 @@ XL_FN bool forward(Team& team, Grid& grid, const Params& p, const Dims& d) {
     if ((phase == Phase::kFilter && !filters) || (phase == Phase::kMove && !moves)) return true;
     if (timed) begin_phase(*p.state, phase, clock_ticks());
     grid.note(team, phase, layer, step);
+    begin_team_span(team, grid, p, phase, layer, step, grid.spans);
     // Else each phase's addresses and shares, which never change, fill the registers of all the others.
     forget(grid.team);
     team.forget();
     run_phase(phase, team, grid, p, d, layer);
+    end_team_span(team, grid, p, grid.spans);
     const bool alive = grid.sync(team);
     if (timed) end_phase(*p.state, phase);
     return alive;

@@ -14,7 +14,10 @@ XL_FN void launched_phase(Phase phase, Team& team, const Grid& grid, const Param
     begin_span(*p.state);
     begin_phase(*p.state, phase, clock_ticks());
   }
+  uint64_t spans = team_spans(p, grid.team);
+  begin_team_span(team, grid, p, phase, layer, p.step->step, spans);
   run_phase(phase, team, grid, p, d, layer);
+  end_team_span(team, grid, p, spans);
   if (timed) {
     end_phase(*p.state, phase);
     end_span(*p.state);

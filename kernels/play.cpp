@@ -1,6 +1,8 @@
 // The control plane alone: the stages as they are, with a forward pass that stores each row's token in its page and picks the next
 // token from what it finds there, for each position up to the row's own. A page that was clobbered, shared wrongly or read too
-// late changes the text, which is checked against the sequence itself. For tests and for measuring control.
+// late changes the text, which is checked against the sequence itself. Time is virtual, so a play depends on its rules alone. For
+// tests and for measuring control.
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <unordered_map>
@@ -12,6 +14,8 @@
 using namespace xl;
 
 namespace {
+
+constexpr uint64_t kRoundNs = 6000;  // a round takes at most as long on the virtual clock
 
 // A stream of numbers of its own (splitmix64).
 struct Random {
@@ -35,9 +39,10 @@ struct Chain {
 
 struct Live {
   std::vector<int32_t> tokens;  // prompt, then output
+  uint64_t index;  // in PlayRules.requests
   int prompt_len, max_new_tokens;
   uint64_t seed;
-  bool admitted, cancelled, share;
+  bool admitted, cancelled, share, pin;
 };
 
 struct Player {
@@ -51,6 +56,7 @@ struct Player {
   std::unordered_map<uint64_t, Live> live;
   std::vector<std::vector<int32_t>> prefixes;
   uint64_t next_id = 1;
+  int pinned_pages = 0;  // at most, of all pins
 
   void fail(PlayFault fault, int detail = 0) {
     if (out.fault == 0) out.fault = int(fault), out.detail = detail;
@@ -70,29 +76,59 @@ struct Player {
     const bool common = !prefixes.empty() && random.below(2);
     if (common) one.tokens = prefixes[size_t(random.below(int(prefixes.size())))];
     for (int n = common && random.one_in(4) ? 0 : geometric(rules.mean_prompt); n > 0; --n) one.tokens.push_back(random.below(d.vocab_size));
-    const int most = p.max_len < p.n_pages * d.page_size ? p.max_len : p.n_pages * d.page_size;
+    const int room = (p.n_pages - pinned_pages) * d.page_size, most = p.max_len < room ? p.max_len : room;
     if (int(one.tokens.size()) > most - 1) one.tokens.resize(size_t(most - 1));
     one.prompt_len = int(one.tokens.size());
     one.max_new_tokens = geometric(rules.mean_output);
     if (one.prompt_len + one.max_new_tokens > most) one.max_new_tokens = most - one.prompt_len;
-    if (box.prompt_tail + one.tokens.size() - box.prompt_head > uint64_t(p.prompt_capacity)) return false;
     one.seed = random.next();
-    one.share = !random.one_in(rules.private_one_in);
+    one.pin = out.requests < uint64_t(rules.pins);
+    if (one.pin) pinned_pages += one.prompt_len / d.page_size;
+    one.share = !random.one_in(rules.private_one_in) || one.pin;
+    std::vector<int32_t> answers;
+    if (Proposer(p.proposer) == Proposer::kOracle) {
+      Chain chain = {one.seed};
+      for (int32_t token : one.tokens) chain.add(token);
+      for (int i = 0; i < one.max_new_tokens; ++i) {
+        answers.push_back(chain.next(d.vocab_size));
+        chain.add(answers.back());
+      }
+    }
+    if (box.prompt_tail + one.tokens.size() + answers.size() - box.prompt_head > uint64_t(p.prompt_capacity)) return false;
     Submission s = {};
     s.request_id = next_id;
     s.prompt_begin = box.prompt_tail;
     s.seed = one.seed;
     s.prompt_len = one.prompt_len;
+    s.oracle_len = int(answers.size());
     s.max_new_tokens = one.max_new_tokens;
     s.ignore_eos = 1;
     s.n_logprobs = -1;
     s.top_p = s.repetition_penalty = 1.0f;
     s.share = one.share;
+    s.pin = one.pin;
     s.priority = rules.priorities > 1 ? random.below(rules.priorities) : 0;
     s.deadline_ns = random.one_in(rules.deadline_one_in) ? 1 + random.next() % 200000 : 0;
     for (int32_t token : one.tokens) ring_entry(p.prompts, p.prompt_capacity, box.prompt_tail++) = token;
+    for (int32_t token : answers) ring_entry(p.prompts, p.prompt_capacity, box.prompt_tail++) = token;
     ring_entry(p.submissions, p.submission_capacity, box.submit_tail) = s;
     ++box.submit_tail;
+    if (rules.requests) {
+      PlayRequest& kept = rules.requests[out.requests];
+      kept.request_id = next_id;
+      kept.seed = one.seed;
+      kept.deadline_ns = s.deadline_ns;
+      kept.prompt_len = one.prompt_len;
+      kept.max_new_tokens = one.max_new_tokens;
+      kept.priority = s.priority;
+      kept.share = s.share;
+      kept.pin = s.pin;
+      kept.n_answers = s.oracle_len;
+      int32_t* text = rules.texts + out.requests * uint64_t(p.max_len);
+      std::copy(one.tokens.begin(), one.tokens.end(), text);
+      std::copy(answers.begin(), answers.end(), text + one.prompt_len);
+    }
+    one.index = out.requests;
     out.prompt_tokens += uint64_t(one.prompt_len);
     ++out.requests;
     live.emplace(next_id++, std::move(one));
@@ -170,6 +206,10 @@ struct Player {
             for (int32_t token : one.tokens) chain.add(token);
             if (event.token != chain.next(d.vocab_size)) return fail(PlayFault::kText, event.output_index);
           }
+          if (rules.requests) {
+            rules.texts[one.index * uint64_t(p.max_len) + one.tokens.size()] = event.token;
+            ++rules.requests[one.index].n_output;
+          }
           if (event.n_drafts >= 0) out.drafts += uint64_t(event.n_drafts), out.accepted += uint64_t(event.n_accepted);
           one.tokens.push_back(event.token);
           break;
@@ -243,7 +283,15 @@ struct Player {
     for (int i = 0; i < p.n_swap_pages; ++i)
       if (places[size_t(i)] != 1) return fail(PlayFault::kSwap, i);
     int n_cached = 0, n_active = 0, n_addressable = 0, total = 0;
+    int n_pinned = 0, n_free_slots = 0, n_preempted = 0;
+    for (int slot = 0; slot < p.max_slots; ++slot) {
+      n_free_slots += p.slots[slot].state == int(SlotState::kFree);
+      n_preempted += p.slots[slot].state == int(SlotState::kPreempted);
+    }
+    if (n_free_slots != state.n_free_slots || n_preempted != state.n_preempted) return fail(PlayFault::kCounts, 5);
     for (int i = 0; i < p.n_pages; ++i) {
+      n_pinned += p.pages[i].pinned;
+      if (p.pages[i].pinned) ++refs[size_t(i)];
       if (p.pages[i].refs != refs[size_t(i)]) return fail(PlayFault::kRefs, i);
       total += refs[size_t(i)];
       n_active += refs[size_t(i)] > 0;
@@ -254,9 +302,14 @@ struct Player {
       const int page = p.free_pages[i];
       if (refs[size_t(page)] || p.pages[page].content || seen[size_t(page)]++) return fail(PlayFault::kFreePage, page);
     }
+    if (n_pinned != state.n_pinned_pages) return fail(PlayFault::kCounts, 6);
     if (n_cached != state.n_cached_pages || n_active != state.n_active_pages || total != state.n_refs) return fail(PlayFault::kCounts, 3);
     if (state.n_free_pages + n_cached + n_active != p.n_pages) return fail(PlayFault::kCounts, 4);
     int listed = 0, found = 0;
+    int on_lists[kLists] = {0, 0};
+    for (int i = 0; i < p.n_pages; ++i)
+      if (p.pages[i].list >= 0) ++on_lists[p.pages[i].list];
+    if (on_lists[0] != state.n_listed[0] || on_lists[1] != state.n_listed[1]) return fail(PlayFault::kLists, -2);
     for (int list = 0; list < kLists; ++list)
       for (int page = state.oldest[list], before = -1; page >= 0; before = page, page = p.pages[page].newer) {
         if (p.pages[page].list != list || p.pages[page].older != before || ++listed > p.n_pages) return fail(PlayFault::kLists, page);
@@ -290,24 +343,31 @@ void xl_play(const Params* params, const xl::Dims* dims, const PlayRules* rules,
   }
   HostTeam team(p.scratch);
   const Grid grid{p.grid, p.mailbox, 0, 1, p.spin_deadline_ns, 0};
-  uint64_t next_recount = uint64_t(rules->recount_every), quiet = 0;
+  Random clock{~rules->seed};
+  uint64_t next_recount = uint64_t(rules->recount_every), quiet = 0, now_ns = 1;
   while (result->fault == 0 && result->events < rules->max_events) {
     if (result->requests < rules->max_requests)
-      for (int i = 0; i < rules->arrivals_per_step && player.submit(); ++i) {
+      for (int i = 0; (i < rules->arrivals_per_step || player.live.empty()) && player.submit(); ++i) {
       }
     else if (player.live.empty())
       break;
     if (player.random.one_in(rules->cancel_one_in)) player.cancel_one();
     const uint64_t begin_ns = clock_ns(), events = result->events;
-    phase_control(team, grid, p, *dims);
+    phase_control_at(team, grid, p, *dims, now_ns);
     result->control_ns += clock_ns() - begin_ns;
+    now_ns += 1 + clock.next() % kRoundNs;
     if (p.grid->abort) player.fail(PlayFault::kAborted, int(p.grid->abort));
     // A host that is away: the loop stands when its rings are full.
     if (!player.random.one_in(rules->away_one_in)) {
       player.take_events();
       player.take_records();
     }
-    if (p.step->n_rows > 0) player.forward();
+    if (p.step->n_rows > 0) {
+      for (int i = 0; i < rules->arrivals_beside && result->requests < rules->max_requests && player.submit(); ++i) {
+      }
+      if (rules->prepares) prepare_requests_at(team, p, *dims, now_ns - 1);
+      player.forward();
+    }
     if (rules->recount_every > 0 && result->events >= next_recount) {
       player.recount();
       next_recount = result->events + uint64_t(rules->recount_every);
@@ -318,7 +378,7 @@ void xl_play(const Params* params, const xl::Dims* dims, const PlayRules* rules,
   if (result->fault == 0 && result->requests >= rules->max_requests && result->events < rules->max_events) {
     if (!player.live.empty()) player.fail(PlayFault::kNeverEnded);
     if (rules->recount_every > 0) player.recount();
-    if (p.state->n_refs || p.state->n_active_pages || p.state->n_order || p.state->n_queued || p.state->n_free_swap != p.n_swap_pages)
+    if (p.state->n_refs != p.state->n_pinned_pages || p.state->n_active_pages != p.state->n_pinned_pages || p.state->n_order || p.state->n_queued || p.state->n_free_swap != p.n_swap_pages)
       player.fail(PlayFault::kLeftOver);
     if (p.state->submit_head != p.mailbox->submit_tail || p.state->prompt_head != p.mailbox->prompt_tail) player.fail(PlayFault::kLeftOver, 1);
   }

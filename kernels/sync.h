@@ -16,11 +16,12 @@ constexpr uint64_t kAborted = uint64_t(1) << 62;
 struct Grid {
   GridState* state;
   Mailbox* mailbox;
-  int team, teams;
+  int team, teams;  // the planner team, if there is one, is team `teams`: the others share the work
   uint64_t deadline_ns;  // a wait that lasts longer gives up
   uint64_t epoch;        // barriers passed; the same in all teams
   FlightEntry* flight = nullptr;  // this team's ring
   AbortReason late = AbortReason::kBarrierTimeout;  // what a wait that lasts too long means
+  uint64_t spans = 0;             // phase spans of this team so far; see spans.h
 
   // Writes the reason unless there is one already; everybody leaves at the next barrier, and who waits at one leaves now.
   XL_FN void abort(AbortReason reason) const {
@@ -94,9 +95,38 @@ struct Grid {
   }
 };
 
-// Team `team` at the start of a launch. Arrivals are never reset: all teams have passed the same barriers before, and none can
-// pass the next one before this team arrives at it.
-XL_FN Grid make_grid(const Params& p, int team, int teams) {
+// The planner's side of its two rendezvous with control; team 0's is await_planner.
+template <class Team>
+XL_FN void check_in(Team& team, const Grid& grid) {
+  team.sync();  // what its threads have done
+  if (team.thread() == 0) add_release(&grid.state->check_ins, 1);
+}
+
+// Team 0: until the planner has checked in `due` times. False: the loop is aborted.
+template <class Team>
+XL_FN bool await_planner(Team& team, const Grid& grid, uint64_t due, uint64_t within_ns, AbortReason late) {
+  team.sync();  // the shared word of a barrier may still be read
+  if (team.thread() == 0) {
+    const uint64_t give_up = clock_ns() + within_ns;
+    int turns = 0;
+    bool alive = true;
+    while (alive && load_acquire(&grid.state->check_ins) < due) {
+      relax(turns);
+      if (clock_ns() > give_up) grid.abort(late);
+      alive = load_acquire(&grid.state->arrivals) < kAborted;
+    }
+    team.shared_ints()[0] = alive ? 1 : 0;
+  }
+  team.sync();
+  const bool alive = team.shared_ints()[0] != 0;
+  team.sync();
+  return alive;
+}
+
+// Team `team` at the start of a launch of `all` teams. Arrivals are never reset: all teams have passed the same barriers before, and none can
+// pass the next one before this team arrives at it, or checks in.
+XL_FN Grid make_grid(const Params& p, int team, int all) {
+  const int teams = all - p.planner;
   const uint64_t passed = load_acquire(&p.grid->arrivals) / uint64_t(teams);
   FlightEntry* flight = p.flight ? p.flight + size_t(team) * size_t(kFlightEntries) : nullptr;
   return Grid{p.grid, p.mailbox, team, teams, p.spin_deadline_ns, passed, flight};

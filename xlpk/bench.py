@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from xlpk import bench_control
+from xlpk import bench_batching, bench_control
 from xlpk.backends.library import usable_cores
 from xlpk.bench_report import print_report, spread, summarise
 from xlpk.bench_startup import first_token, print_startup, startup
@@ -193,6 +193,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the tiny model, one round: does it work at all")
     parser.add_argument("--startup", action="store_true", help="only what a run costs beside its measurement")
     parser.add_argument("--control", action="store_true", help="only how fast the control plane decides, alone")
+    parser.add_argument("--batching", action="store_true", help="only what batching gains, and control within steps")
+    parser.add_argument("--requests", type=int, default=100_000, help="of the one launch of --batching")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the JSON goes to OUTPUTS/bench")
     parser.add_argument("--cache", type=Path, default=None, help="builds, files for peers; default: OUTPUTS/cache")
     args = parser.parse_args(argv)
@@ -210,7 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise InputError("--peers", peer, f"none, or of {', '.join([*PEERS, *known])}")
         peers += [name for name in known if peer in (name, name.partition(":")[0]) and name not in peers]
     args.peers = peers
-    for option in ("rounds", "buffer_mib"):
+    for option in ("rounds", "buffer_mib", "requests"):
         if getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')}", getattr(args, option), "at least 1")
     if args.decode is not None and args.decode < 3:
@@ -282,6 +284,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = bench_control.measure(args.cache)
             bench_control.print_control(rows)
             print(json.dumps(rows))
+        elif args.batching:
+            report = bench_batching.measure(args.cache, args.rounds, args.requests)
+            bench_batching.print_batching(report)
+            print(json.dumps(report))
         else:
             bench(args)
     except (InputError, ToolError) as error:

@@ -1,4 +1,4 @@
-"""The console script: `xlpk run OVERRIDES | ui | upload RUN_DIR... | report RUN... | doctor | completion SHELL`."""
+"""The console script `xlpk`: runs, reports, the simulator's tools; `xlpk --help` names its commands."""
 
 from __future__ import annotations
 
@@ -59,6 +59,17 @@ def _report(args: argparse.Namespace) -> int:
     return report_page.main([Path(name) for name in args.run_or_sweep], out, args.fail_if, args.certain)
 
 
+def _trace(args: argparse.Namespace) -> int:
+    """Makes the timeline of traced runs again."""
+    from xlpk import trace_file
+
+    for folder in map(Path, args.run_dir):
+        for warning in trace_file.write(folder):
+            print(f"xlpk: {warning}", file=sys.stderr)
+        print(f"{folder / trace_file.TRACE}: open it at {trace_file.VIEWER}")
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     """What this machine can run."""
     from xlpk import doctor
@@ -72,6 +83,20 @@ def _completion(args: argparse.Namespace) -> int:
 
     print(completion.script(args.shell), end="")
     return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    """Measured runs -> a file of costs, and how well it fits."""
+    from xlpk import calibrate
+
+    return calibrate.main(args.run, args.output, args.predict, args.outputs)
+
+
+def _capacity(args: argparse.Namespace) -> int:
+    """A workload and its objectives -> the fleet that it takes."""
+    from xlpk import capacity
+
+    return capacity.main(args.override, args.fleet, args.router, args.good, args.affinity_blocks)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,6 +139,33 @@ def _parser() -> argparse.ArgumentParser:
         "--certain", action="store_true", help="--fail-if holds only where the 95 %% interval excludes the number"
     )
     report.set_defaults(call=_report)
+    trace = commands.add_parser("trace", help="makes the timeline of a run with run.trace=on again, for Perfetto")
+    trace.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="folder of a run")
+    trace.set_defaults(call=_trace)
+    fit = commands.add_parser("calibrate", help="the simulator's costs from measured runs, and how well they fit")
+    fit.add_argument("run", nargs="+", metavar="RUN", help="folder of a run; all of one machine, model, orchestration")
+    fit.add_argument("-o", "--output", default="costs.yaml", metavar="FILE", help="for backend.costs (costs.yaml)")
+    fit.add_argument(
+        "--predict", nargs="+", default=[], metavar="RUN", help="simulate these runs on the fit; errors, worst first"
+    )
+    fit.add_argument("--outputs", default="outputs", help="folder that these simulations write to (outputs)")
+    fit.set_defaults(call=_calibrate)
+    fleet = commands.add_parser("capacity", help="how many instances serve a workload within its objectives, simulated")
+    fleet.add_argument("override", nargs="*", metavar="OVERRIDE", help="as of `xlpk run` with backend=simulated")
+    fleet.add_argument("--fleet", metavar="SIZES", help="such as 8, 1-16 or 1,2,4-6; else as many as it takes")
+    fleet.add_argument(
+        "--router",
+        default="least_outstanding",
+        metavar="ROUTER",
+        help="round_robin, least_outstanding or prefix_affinity (least_outstanding)",
+    )
+    fleet.add_argument(
+        "--affinity-blocks", type=int, default=1, metavar="N", help="of a prompt, that prefix_affinity hashes (1)"
+    )
+    fleet.add_argument(
+        "--good", type=float, default=0.99, metavar="SHARE", help="of all requests, to meet each objective (0.99)"
+    )
+    fleet.set_defaults(call=_capacity)
     check = commands.add_parser("doctor", help="what this machine can run, and what to do where it cannot")
     check.add_argument("--outputs", default="outputs", help="folder that runs write to (outputs)")
     check.add_argument("--json", action="store_true", help="one JSON list instead of lines")
@@ -135,7 +187,12 @@ def main(argv: list[str] | None = None) -> int:
         from xlpk import completion
 
         return completion.main(argv[1:], _parser())
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "override") and not any(word.startswith("-") for word in rest):
+        args.override += rest  # argparse leaves positional arguments behind an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         code = int(args.call(args))
     except (InputError, ToolError, BackendError) as error:

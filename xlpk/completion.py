@@ -98,7 +98,7 @@ def complete(words: list[str], parser: argparse.ArgumentParser) -> list[Candidat
     commands = subcommands(parser)
     if not before:
         found = [(name, help) for name, (_, help) in commands.items()]
-    elif before[0] == "run":
+    elif before[0] == "run" or (before[0] == "capacity" and not current.startswith("-")):
         found = list(_overrides(before[1:], current))
     elif before[0] in commands:
         found = list(_arguments(commands[before[0]][0], current))

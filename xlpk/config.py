@@ -22,8 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 from xlpk import launchers, layout
 from xlpk.dtypes import ELEMENT_BYTES, KV_DTYPES
 from xlpk.errors import InputError, shown
+from xlpk.hardware import Hardware
 from xlpk.kv import EVICTIONS, KV, PREEMPTIONS
 from xlpk.settings import (
+    MAX_TRACE_SPANS,
     MODES,
     ORCHESTRATIONS,
     WEIGHT_LAYOUTS,
@@ -41,6 +43,7 @@ from xlpk.settings import (
     Run,
     Scheduler,
     Settings,
+    SimulatedBackend,
 )
 from xlpk.slo import Slo
 from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
@@ -48,7 +51,15 @@ from xlpk.workload import WORKLOADS, Sampling, check_sampling, is_text
 
 PACKAGE = "xlpk.conf"
 GROUPS: dict[str, tuple[type, ...]] = {
-    "backend": (AutoBackend, CpuBackend, PersistentBackend, LaunchedBackend, GraphBackend, HfBackend),
+    "backend": (
+        AutoBackend,
+        CpuBackend,
+        PersistentBackend,
+        LaunchedBackend,
+        GraphBackend,
+        HfBackend,
+        SimulatedBackend,
+    ),
     "spec": (NoSpec, Ngram, Oracle),
     "acceptance": (Keyed, Greedy, Forced),
     "workload": WORKLOADS,
@@ -56,9 +67,10 @@ GROUPS: dict[str, tuple[type, ...]] = {
 }
 WHOLE: dict[str, type] = {  # nodes of one class
     "mode": Mode, "kv": KV, "model": ModelChoice, "sampling": Sampling, "scheduler": Scheduler, "run": Run,
-    "quality": Quality, "slo": Slo,
+    "quality": Quality, "slo": Slo, "hardware": Hardware,
 }  # fmt: skip
 MAX_NGRAM = 8  # tokens
+PLANNERS = ("auto", "team", "inline")
 UNKNOWN = "..."  # a value that Hydra does not hand on
 
 
@@ -78,6 +90,7 @@ class Config:
     tracking: Any = None
     quality: Quality = field(default_factory=Quality)
     slo: Slo = field(default_factory=Slo)
+    hardware: Hardware = field(default_factory=Hardware)
     run: Run = field(default_factory=Run)
 
 
@@ -142,13 +155,19 @@ def validate(cfg: DictConfig) -> Settings:
             ("scheduler.policy", config.scheduler.policy, "fcfs"),
             ("kv.pressure", config.kv.pressure, None),
             ("kv.preemption", config.kv.preemption, "recompute"),
+            ("kv.pinned", config.kv.pinned, None),
         ):
             if value != only:
                 raise InputError(field_, value, f"{only or 'null'} with backend=hf, which neither ranks nor preempts")
+        if config.run.trace:
+            raise InputError("run.trace", "true", "false with backend=hf, whose phases and pages nobody sees")
         config.backend.check(spec, config.acceptance)
         notes += [note] if (note := config.backend.note(spec)) else []
+    if isinstance(config.backend, SimulatedBackend):
+        config.backend.check(spec, config.kv, config.sampling, config.quality.measure)
     config.quality.check()
     config.slo.check()
+    config.hardware.check()
     return Settings(
         mode=config.mode.name,
         backend=config.backend,
@@ -164,6 +183,7 @@ def validate(cfg: DictConfig) -> Settings:
         requested_block=config.spec.block,
         quality=config.quality,
         slo=config.slo,
+        hardware=config.hardware,
         notes=tuple(notes),
         resolved={str(key): value for key, value in resolved.items()},
     )
@@ -235,8 +255,15 @@ def _check_numbers(config: Config) -> None:
     _between("scheduler.max_waiting", config.scheduler.max_waiting, 1, 1 << 16)
     _between("scheduler.ageing_steps", config.scheduler.ageing_steps, 1, 1 << 24)
     _one_of("scheduler.policy", config.scheduler.policy, [policy.name.lower() for policy in layout.Policy])
+    _one_of("scheduler.planner", config.scheduler.planner, PLANNERS)
+    resident = isinstance(config.backend, AutoBackend | CpuBackend | PersistentBackend)
+    if config.scheduler.planner == "team" and not (resident and config.backend.orchestration in ("auto", "persistent")):
+        allowed = "auto or inline where the host launches the steps: a team plans within the persistent loop"
+        raise InputError("scheduler.planner", "team", allowed)
+    config.kv.pinned_texts()
     _one_of("kv.eviction", config.kv.eviction, EVICTIONS)
     _one_of("kv.preemption", config.kv.preemption, PREEMPTIONS)
+    _between("run.trace_spans", config.run.trace_spans, 0, MAX_TRACE_SPANS)
     _between("run.warmup_steps", config.run.warmup_steps, 0, 1 << 20)
     _between("model.seed", config.model.seed, 0, (1 << 63) - 1)
     if config.model.max_len is not None:
@@ -271,6 +298,9 @@ def _check_mode(config: Config) -> tuple[NoSpec | Ngram | Oracle, list[str]]:
         if config.kv.pressure is None:
             raise InputError("kv.pressure", "null", "a share of the working set in mode=kv_pressure: 0.25, 0.5, 0.75")
         return spec, []
+    if mode == "mega_kernel_sim":
+        _check_side_by_side(config)
+        return spec, []
     if mode == "quality" and not config.quality.measure:
         raise InputError("quality.measure", "false", "true in mode=quality; mode=serial_decode is the one without")
     if mode in ("serial_decode", "quality"):
@@ -298,6 +328,20 @@ def _check_mode(config: Config) -> tuple[NoSpec | Ngram | Oracle, list[str]]:
             why = "every mismatch but a request's first meets the token that no draft gives"
             return spec, [f"spec.block={spec.block} divides spec.mismatch_stride={spec.mismatch_stride}: {why}"]
     return spec, []
+
+
+def _check_side_by_side(config: Config) -> None:
+    """`mega_kernel_sim` simulates all orchestrations on costs that each of them has."""
+    backend = config.backend
+    if not isinstance(backend, SimulatedBackend):
+        raise InputError("backend", backend.name, "simulated in mode=mega_kernel_sim, which chooses it")
+    if backend.orchestration != "persistent":
+        raise InputError(
+            "backend.orchestration", backend.orchestration, "left out: mode=mega_kernel_sim runs all three"
+        )
+    if backend.costs is not None:
+        why = "a fit is of one orchestration, and mode=mega_kernel_sim compares three on the `hardware` group"
+        raise InputError("backend.costs", backend.costs, f"null: {why}")
 
 
 def _between(name: str, value: int, least: int, most: int) -> None:

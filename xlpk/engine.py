@@ -6,76 +6,37 @@ that dies leaves what it has seen: events are flushed every half second and on e
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-from xlpk import __version__, layout
+import numpy as np
+
+from xlpk import __version__, layout, trace_file
+from xlpk.answers import with_answers
 from xlpk.backend import Admitted, Backend, BackendReport, Event, Finished, Preempted, Resumed, StepDone, Token
+from xlpk.clock import WallClock
 from xlpk.dtypes import ELEMENT_BYTES
 from xlpk.errors import BackendError
+from xlpk.event_writer import EventLog
 from xlpk.hash_weights import Fill
 from xlpk.kv import KVPlan
 from xlpk.model import SHAPES, Model
-from xlpk.settings import AnyBackend, AutoBackend, CpuBackend, HfBackend, Settings
-from xlpk.speculation import Acceptance, Keyed, NoSpec, Oracle, Proposer
+from xlpk.settings import AutoBackend, CpuBackend, HfBackend, Settings, SimulatedBackend
+from xlpk.speculation import Acceptance, Oracle, Proposer
 from xlpk.stopping import StopMatcher
 from xlpk.units import format_bytes, free_memory
 from xlpk.workload import Request
 
 LOG_VERSION = 1
-FLUSH_S = 0.5  # a killed process loses at most this much
-IDLE_S = 0.0005  # sleep when a poll found nothing: the loop's threads want the cores; 0.2 ms costs them 15 %
 SLOW_UPLOAD_BYTES = 1 << 28
 DRAIN_S = 1.0  # wait for the records of the last steps after the last request finished
 
 MakeBackend = Callable[[Settings, Proposer, Acceptance], Backend]
 Progress = Callable[[int], None]  # output tokens so far
-
-
-class EventLog:
-    """Append-only JSON lines. `add` only buffers; `tick` writes once FLUSH_S have passed, `flush` at once."""
-
-    def __init__(self, path: Path) -> None:
-        self.folder = path.parent
-        self._file: IO[str] = path.open("w", encoding="utf-8")
-        self._buffer: list[dict[str, Any]] = []
-        self._flushed_s = time.monotonic()
-
-    def add(self, event: str, **values: Any) -> None:
-        self._buffer.append({"event": event, **values})
-
-    def tick(self) -> None:
-        if time.monotonic() - self._flushed_s >= FLUSH_S:
-            self.flush()
-
-    def flush(self) -> None:
-        text = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in self._buffer)
-        self._buffer.clear()  # first: what a full disk refuses stays in the file's own buffer, and must not come twice
-        self._file.write(text)
-        self._file.flush()
-        self._flushed_s = time.monotonic()
-
-    def __enter__(self) -> EventLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        status = "FINISHED" if error is None else "FAILED"
-        reason = {} if kind is None else {"error": f"{kind.__name__}: {error}"}
-        self.add("end", status=status, host_ns=time.monotonic_ns(), **reason)
-        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():  # the first one says why
-            try:
-                self.flush()
-            finally:
-                self._file.close()
 
 
 @dataclass
@@ -93,13 +54,20 @@ def make_backend(settings: Settings, spec: Proposer, acceptance: Acceptance) -> 
     """The backend that the config names, imported now."""
     from xlpk.backends import choose
 
-    ours = isinstance(settings.backend, CpuBackend | AutoBackend | HfBackend)
-    extra: dict[str, Any] = {} if ours else {"progress": _show_upload}
+    extra: dict[str, Any] = {}
+    if isinstance(settings.backend, SimulatedBackend):
+        extra |= {"hardware": settings.hardware, "seed": settings.workload.seed}
+    elif not isinstance(settings.backend, CpuBackend | AutoBackend | HfBackend):
+        extra["progress"] = _show_upload
     if settings.keep_logits:
         extra["debug_logits"] = True
     if not isinstance(settings.backend, HfBackend):  # first come, first served there
         scheduler = settings.scheduler
-        extra |= {name: getattr(scheduler, name) for name in ("max_waiting", "policy", "ageing_steps")}
+        extra |= {name: getattr(scheduler, name) for name in ("max_waiting", "policy", "ageing_steps", "planner")}
+    if settings.run.trace:
+        extra["trace"] = True
+        if not isinstance(settings.backend, SimulatedBackend):  # there the cost model says how long phases take
+            extra["spans"] = settings.run.trace_spans
     return choose.make(
         settings.backend,
         **extra,
@@ -128,10 +96,12 @@ def resolve_backend(settings: Settings) -> Settings:
     return replace(settings, backend=backend, notes=(*settings.notes, note)) if note else settings
 
 
-def free_bytes(backend: AnyBackend, model: Model) -> int:
+def free_bytes(settings: Settings, model: Model) -> int:
     """Of the memory that the backend uses, what the model's weights leave: a KV budget may be a share of it."""
     weights = model.config.parameters * ELEMENT_BYTES[model.weights.dtype]
-    ordinal = getattr(backend, "device", None)
+    if isinstance(settings.backend, SimulatedBackend):
+        return max(0, int(settings.hardware.memory_gb * 1e9) - weights)
+    ordinal = getattr(settings.backend, "device", None)
     if not isinstance(ordinal, int):
         return max(0, free_memory() - weights)
     from xlpk.backends.gpu_device import free_device_memory
@@ -143,10 +113,16 @@ def hash_fill(settings: Settings) -> Fill | None:
     """The compiled generator of hash weights, for shapes that have no checkpoint; numpy takes minutes for a billion."""
     if settings.model.path is not None or settings.model.name not in SHAPES:
         return None
+    if isinstance(settings.backend, SimulatedBackend):
+        return _leave_unset
     from xlpk.backends.cpu import CpuLibrary
     from xlpk.toolchain import build_cpu_library
 
     return CpuLibrary(build_cpu_library(_cache(settings))).fill_hash
+
+
+def _leave_unset(array: np.ndarray[Any, Any], tensor_id: int, seed: int, scale: float) -> None:
+    """Weights that nobody reads: their memory is never touched, so it is never there."""
 
 
 def _cache(settings: Settings) -> Path:
@@ -162,11 +138,15 @@ def serve(
     log: EventLog,
     outcome: Outcome,
     progress: Progress | None = None,
+    pinned: Sequence[Request] = (),
 ) -> None:
-    """Runs all requests once, logs what happened and fills `outcome`; what is raised passes, the backend closed."""
+    """Runs all requests once, logs what happened and fills `outcome`; what is raised passes, the backend closed.
+
+    `pinned`: served before, untimed; their pages stay.
+    """
     log.add("header", **_header(settings, model, plan, requests))
-    if isinstance(settings.spec, Oracle):
-        requests = _with_answers(settings, model, plan, requests, make, log)
+    if isinstance(settings.spec, Oracle) and not isinstance(settings.backend, SimulatedBackend):
+        requests = with_answers(settings, model, plan, requests, make, log)
     if settings.quality.measure:
         from xlpk import quality
 
@@ -176,12 +156,13 @@ def serve(
         backend.folder = log.folder
     try:
         backend.open(model, plan)
+        if isinstance(settings.spec, Oracle) and isinstance(settings.backend, SimulatedBackend):
+            requests = [replace(request, oracle=backend.answers(request)) for request in requests]  # type: ignore[attr-defined]
+        log.clock = getattr(backend, "clock", None) or WallClock()
         _calibrate(backend, log)
         matchers = {r.request_id: StopMatcher(model.tokenizer, r.stop) for r in requests if r.stop}
         session = _Session(backend, log, outcome, matchers)
-        warmup = _warmup_request(settings, requests)
-        if warmup is not None:
-            session.warm_up(warmup)
+        session.warm_up([*_pinning(pinned, requests), *_warmup_request(settings, requests)])
         session.measure(requests, progress)
         failed = [request_id for request_id, reason in outcome.reasons.items() if reason == "error"]
         if failed:
@@ -189,6 +170,8 @@ def serve(
             raise BackendError(f"every logit was NaN ({which}): are the model's weights finite?")
     finally:
         outcome.report = backend.close()  # before the log: a disk that is full must not keep the threads
+        if settings.run.trace:
+            log.add("trace", **trace_file.save(log.folder, backend))
         for sample in getattr(backend, "power_samples", list)():
             log.add("power", **sample)
         if outcome.report.counted:
@@ -200,9 +183,7 @@ def _header(settings: Settings, model: Model, plan: KVPlan, requests: list[Reque
         "version": LOG_VERSION,
         "xlpk": __version__,
         "layout": layout.VERSION,
-        "clocks": {"host": "time.monotonic_ns", "device": "the backend's; a clock event relates the two"},
-        "host_ns": time.monotonic_ns(),
-        "unix_s": time.time(),
+        **_clocks(settings),
         "mode": settings.mode,
         "backend": settings.backend.name,
         "orchestration": settings.backend.orchestration,
@@ -217,21 +198,47 @@ def _header(settings: Settings, model: Model, plan: KVPlan, requests: list[Reque
     }
 
 
+def _clocks(settings: Settings) -> dict[str, Any]:
+    """The clocks of a log, and when it began; of a simulated one what else sets it apart, and nothing of today."""
+    if not isinstance(settings.backend, SimulatedBackend):
+        return {
+            "clocks": {"host": "time.monotonic_ns", "device": "the backend's; a clock event relates the two"},
+            "host_ns": time.monotonic_ns(),
+            "unix_s": time.time(),
+        }
+    choice = settings.backend
+    return {
+        "clocks": {"host": "virtual, from 0", "device": "the same"},
+        "simulated": {
+            "answers": choice.answers,
+            "workers": max(1, choice.prefill_workers + choice.decode_workers),
+            "costs": choice.costs,
+            "hardware": asdict(settings.hardware),
+        },
+    }
+
+
 def _phases(settings: Settings, model: Model) -> dict[str, Any]:
     """The phases that steps are timed by, and the weight bytes that each must read."""
     dtype = settings.stored_dtype(model.weights.dtype)
-    if isinstance(settings.backend, HfBackend):
+    fitted = isinstance(settings.backend, SimulatedBackend) and settings.backend.costs is not None
+    if fitted or isinstance(settings.backend, HfBackend):
         return {"phases": ["forward", "control"], "phase_bytes": {"forward": model.config.bytes_per_token(dtype)}}
     return {"phases": list(layout.PHASE_NAMES), "phase_bytes": model.config.phase_bytes(dtype)}
 
 
-def _warmup_request(settings: Settings, requests: list[Request]) -> Request | None:
+def _pinning(pinned: Sequence[Request], requests: list[Request]) -> list[Request]:
+    """The requests that pin pages, under ids that nobody else has."""
+    return [replace(request, request_id=len(requests) + 1 + index) for index, request in enumerate(pinned)]
+
+
+def _warmup_request(settings: Settings, requests: list[Request]) -> list[Request]:
     if settings.run.warmup_steps == 0:
-        return None
+        return []
     first = requests[0]
     count = min(settings.run.warmup_steps, first.max_new_tokens)
     answers = first.oracle[:count]
-    return replace(
+    warmup = replace(
         first.untimed(),
         request_id=len(requests),
         max_new_tokens=count,
@@ -241,6 +248,7 @@ def _warmup_request(settings: Settings, requests: list[Request]) -> Request | No
         oracle=answers,
         share_prefix=False,  # the measurement must not find its pages
     )
+    return [warmup]
 
 
 class _Session:
@@ -251,24 +259,28 @@ class _Session:
         self.log = log
         self.outcome = outcome
         self.matchers = matchers  # request id -> who watches for its stop strings
-        self.warmup_id: int | None = None
-        self.warmup_step: int | None = None  # last step of the warm-up, once it is known
+        self.clock = log.clock
+        self.warmup_ids: set[int] = set()
+        self.warming: set[int] = set()  # of them, those that have not ended
+        self.warmup_step = 0  # last step of the warm-up
         self.last_step = 0  # last step whose record was seen
         self.finished_step = 0  # last step that finished a request
         self.n_tokens = 0
 
-    def warm_up(self, request: Request) -> None:
-        """One untimed request; its events are marked. Later steps do not belong to it: the loop is idle in between."""
-        self.warmup_id = request.request_id
-        while not self.backend.submit(request):
-            self.poll_or_sleep()
-        while self.warmup_step is None:
+    def warm_up(self, requests: list[Request]) -> None:
+        """Untimed requests; their events are marked. Later steps do not belong to them: the loop is idle in between."""
+        self.warming = {request.request_id for request in requests}
+        self.warmup_ids |= self.warming
+        for request in requests:
+            while not self.backend.submit(request):
+                self.poll_or_sleep()
+        while self.warming:
             self.poll_or_sleep()
         self.drain(self.warmup_step)
 
     def measure(self, requests: list[Request], progress: Progress | None) -> None:
         pending = sorted(requests, key=lambda request: request.arrival_s)
-        start_ns = time.monotonic_ns()
+        start_ns = self.clock.now_ns()
         arrivals = [start_ns + round(request.arrival_s * 1e9) for request in pending]
         for request, arrival_ns in zip(pending, arrivals, strict=True):
             self.log.add(
@@ -282,8 +294,8 @@ class _Session:
             )
         n_sent = 0
         while len(self.outcome.reasons) < len(requests):
-            while n_sent < len(pending) and arrivals[n_sent] <= time.monotonic_ns():
-                sent_ns = time.monotonic_ns()
+            while n_sent < len(pending) and arrivals[n_sent] <= self.clock.now_ns():
+                sent_ns = self.clock.now_ns()
                 request = pending[n_sent]
                 if request.deadline_ms:  # it counts from the intended arrival; the loop's from when it sees the request
                     left_ms = request.deadline_ms - (sent_ns - arrivals[n_sent]) / 1e6
@@ -292,7 +304,7 @@ class _Session:
                     break  # the ring is full: poll, then try again
                 self.log.add("submit", request_id=request.request_id, host_ns=sent_ns)
                 n_sent += 1
-            self.poll_or_sleep()
+            self.poll_or_sleep(arrivals[n_sent] if n_sent < len(pending) else None)
             self.log.tick()
             if progress is not None:
                 progress(self.n_tokens)
@@ -300,17 +312,17 @@ class _Session:
 
     def drain(self, step: int) -> None:
         """Waits until the record of `step` was seen; it may follow the events that the step caused."""
-        deadline_s = time.monotonic() + DRAIN_S
-        while self.last_step < step and time.monotonic() < deadline_s:
-            self.poll_or_sleep()
+        deadline_ns = self.clock.now_ns() + round(DRAIN_S * 1e9)
+        while self.last_step < step and self.clock.now_ns() < deadline_ns:
+            self.poll_or_sleep(deadline_ns)
 
-    def poll_or_sleep(self) -> None:
-        """Takes and logs what there is."""
+    def poll_or_sleep(self, until_ns: int | None = None) -> None:
+        """Takes and logs what there is; if there is nothing, lets time pass, at most until `until_ns`."""
         events = self.backend.poll()
         for event in events:
             self._take(event)
         if not events:
-            time.sleep(IDLE_S)
+            self.clock.wait(until_ns)
 
     def _stop(self, event: Token | Finished) -> Token | Finished | None:
         """The event as stop strings leave it: tokens behind one are dropped, the end that follows is a stop."""
@@ -337,7 +349,7 @@ class _Session:
         match event:
             case StepDone():
                 self.last_step = max(self.last_step, event.step)
-                in_warmup = self.warmup_id is not None and (self.warmup_step is None or event.step <= self.warmup_step)
+                in_warmup = bool(self.warming) or event.step <= self.warmup_step
                 mark = {"warmup": True} if in_warmup else {}
                 if self.outcome.first_step_s is None:
                     self.outcome.first_step_s = time.monotonic()
@@ -352,23 +364,26 @@ class _Session:
                 name = "resumed"
             case Token():
                 name = "token"
-                if event.request_id != self.warmup_id:
+                if event.request_id not in self.warmup_ids:
                     self.outcome.outputs.setdefault(event.request_id, []).append(event.token)
                     self.n_tokens += 1
             case Finished():
                 name = "finished"
                 self.finished_step = max(self.finished_step, event.step)
-                if event.request_id == self.warmup_id:
-                    self.warmup_step = event.step
+                if event.request_id in self.warmup_ids:
+                    self.warming.discard(event.request_id)
+                    self.warmup_step = max(self.warmup_step, event.step)
                 else:
                     self.outcome.reasons[event.request_id] = event.reason
-        mark = {"warmup": True} if event.request_id == self.warmup_id else {}
+        mark = {"warmup": True} if event.request_id in self.warmup_ids else {}
         self.log.add(name, **{key: value for key, value in event._asdict().items() if value is not None}, **mark)
 
 
 def _calibrate(backend: Backend, log: EventLog) -> None:
     """Logs device clock - host clock and half the narrowest bracket of a device reading between two host readings."""
     clock_ns: Callable[[], int] | None = getattr(backend, "clock_ns", None)
+    if log.clock.virtual:
+        log.add("clock", offset_ns=0, error_ns=0)
     if clock_ns is None:
         return
     brackets = []
@@ -379,56 +394,3 @@ def _calibrate(backend: Backend, log: EventLog) -> None:
         brackets.append((after_ns - before_ns, device_ns - (before_ns + after_ns) // 2))
     width_ns, offset_ns = min(brackets)
     log.add("clock", offset_ns=offset_ns, error_ns=-(-width_ns // 2))
-
-
-_ANSWERS: dict[tuple[object, ...], tuple[int, ...]] = {}  # of this process: points of a sweep share them
-
-
-def _with_answers(
-    settings: Settings, model: Model, plan: KVPlan, requests: list[Request], make: MakeBackend, log: EventLog
-) -> list[Request]:
-    """The requests with their right output, from an untimed serial run of the same backend."""
-    details = (settings.backend.name, settings.backend.orchestration, plan.dtype, plan.max_len)
-    keys = {
-        request.request_id: (model.fingerprint, details, replace(request.untimed(), request_id=0))
-        for request in requests
-    }
-    missing = [request.untimed() for request in requests if keys[request.request_id] not in _ANSWERS]
-    begin_s = time.monotonic()
-    if missing:
-        for request_id, output in _serial_outputs(settings, model, plan, missing, make).items():
-            _ANSWERS[keys[request_id]] = tuple(output)
-    log.add(
-        "note",
-        kind="oracle",
-        text="right answers from an untimed serial run",
-        computed=len(missing),
-        cached=len(requests) - len(missing),
-        seconds=round(time.monotonic() - begin_s, 6),
-    )
-    return [replace(request, oracle=_ANSWERS[keys[request.request_id]]) for request in requests]
-
-
-def _serial_outputs(
-    settings: Settings, model: Model, plan: KVPlan, requests: list[Request], make: MakeBackend
-) -> dict[int, list[int]]:
-    backend = make(settings, NoSpec(), Keyed())
-    outputs: dict[int, list[int]] = {request.request_id: [] for request in requests}
-    unfinished = set(outputs)
-    waiting = list(requests)
-    with contextlib.closing(backend):
-        backend.open(model, plan)
-        while unfinished:
-            while waiting and backend.submit(waiting[0]):
-                waiting.pop(0)
-            events = backend.poll()
-            for event in events:
-                if isinstance(event, Token):
-                    outputs[event.request_id].append(event.token)
-                elif isinstance(event, Finished):
-                    if event.reason in ("error", "cancelled"):
-                        raise BackendError(f"serial run for spec=oracle: request {event.request_id}: {event.reason}")
-                    unfinished.discard(event.request_id)
-            if not events:
-                time.sleep(IDLE_S)
-    return outputs

@@ -56,6 +56,7 @@ class Log:
         self.submits: dict[int, Record] = {}
         self.admitted: dict[int, Record] = {}
         self.finished: dict[int, Record] = {}
+        self.turns: dict[int, list[Record]] = defaultdict(list)  # admitted, preempted, resumed, in order
         self._by_request = {
             "arrival": self.arrivals,
             "submit": self.submits,
@@ -94,8 +95,12 @@ class Log:
                 self.warmup_steps += 1
             else:
                 self.steps.append(event)
+        elif kind in ("preempted", "resumed") and not warmup:
+            self.turns[event["request_id"]].append(event)
         elif not warmup and (by_request := self._by_request.get(kind)) is not None:
             by_request[event["request_id"]] = event
+            if kind == "admitted":
+                self.turns[event["request_id"]].append(event)
 
     @property
     def page_bytes(self) -> int:

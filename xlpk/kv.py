@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from xlpk.dtypes import ELEMENT_BYTES, KV_DTYPES
 from xlpk.errors import InputError, shown
@@ -32,8 +33,18 @@ class KV:
     eviction: str = "lru"  # which kept page goes first: lru, fifo or slru
     preemption: str = "recompute"  # what a request without pages comes back from: recompute or swap
     swap_space: str = "64MiB"  # the host's memory for preemption=swap
+    pinned: Any = None  # a text, or a list of them: prefixes whose full pages are computed first and never evicted
     # The budget is this share of what the requests that run at once need at their ends; null: `budget` counts
     pressure: float | None = None
+
+    def pinned_texts(self) -> list[str]:
+        """`pinned` as a list. Raises InputError."""
+        texts = [] if self.pinned is None else [self.pinned] if isinstance(self.pinned, str) else self.pinned
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise InputError("kv.pinned", shown(self.pinned), "a text, a list of texts, or null")
+        if texts and not self.prefix_sharing:
+            raise InputError("kv.pinned", shown(texts[0]), "null with kv.prefix_sharing=false: nobody would find it")
+        return texts
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,12 @@ class KVPlan:
     prefix_sharing: bool = True
     eviction: str = "lru"
     swap_pages: int = 0  # in the host's memory; 0: preempted requests are computed again
+    pinned_pages: int = 0  # of pinned prefixes, at most: no request can have them to itself
+
+    @property
+    def usable_pages(self) -> int:
+        """What one request can have at most."""
+        return self.pages - self.pinned_pages
 
     @property
     def total_bytes(self) -> int:
@@ -64,10 +81,10 @@ class KVPlan:
     def under_pressure(self, lengths: Sequence[int], max_num_seqs: int, pressure: float) -> KVPlan:
         """The same with `pressure` times the working set: what the `max_num_seqs` longest requests need at their ends.
 
-        `lengths`: of prompt and output, tokens. Never fewer pages than the longest one needs.
+        `lengths`: of prompt and output, tokens. Never fewer pages than the longest one needs. Pinned pages come on top.
         """
         needed = sorted((self.pages_for(length) for length in lengths), reverse=True)[:max_num_seqs]
-        return replace(self, pages=max(needed[0], math.ceil(pressure * sum(needed))))
+        return replace(self, pages=max(needed[0], math.ceil(pressure * sum(needed))) + self.pinned_pages)
 
     @staticmethod
     def make(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from xlpk import divergence
+from xlpk import divergence, waterfall
 from xlpk.event_log import Log, Record, latencies
 from xlpk.event_log import read_events as read_events
 from xlpk.slo import goodput
@@ -41,6 +41,7 @@ def compute(events: Iterable[Record]) -> Metrics:
     metrics |= _system(log)
     metrics |= divergence.metrics(log.quality, MIN_P99)
     metrics |= _warmup(log)
+    metrics |= _simulated(log)
     return metrics
 
 
@@ -208,7 +209,9 @@ def _loop(log: Log) -> Metrics:
     if window_ns > 0 and log.header.get("backend") != "hf":  # whose gaps between kernels nobody sees
         # Where the host launches, control runs on the host and the device waits for it.
         on_device = [phase for phase in phases if phase != "control" or log.header.get("orchestration") == "persistent"]
-        out["loop/device_idle_share"] = max(0.0, 1 - sum(total_ns[phase] for phase in on_device) / window_ns)
+        n_devices = log.header.get("simulated", {}).get("workers", 1)
+        busy_ns = sum(total_ns[phase] for phase in on_device)
+        out["loop/device_idle_share"] = max(0.0, 1 - busy_ns / (window_ns * n_devices))
     return out
 
 
@@ -245,6 +248,8 @@ def _kv(log: Log) -> Metrics:
             1 - step["live_tokens"] / (step["live_pages"] * page_size) for step in log.steps if step["live_pages"]
         ],
     }
+    if log.header["kv"].get("pinned_pages"):
+        lines["kv/pinned_bytes"] = [step["pages_pinned"] * log.page_bytes for step in log.steps]
     for key, values in lines.items():
         if values:
             out[f"{key}.mean"] = float(np.mean(values))
@@ -288,6 +293,13 @@ def _system(log: Log) -> Metrics:
     joules = samples[-1]["energy_j"] - samples[0]["energy_j"] if counted else float(np.trapezoid(power, seconds))
     out["system/joules_per_token"] = joules / (seconds[-1] - seconds[0]) * log.window_s / log.n_output
     return out
+
+
+def _simulated(log: Log) -> Metrics:
+    """What only a simulated run has: the mark that its answers mean nothing, and where a token's time goes."""
+    if "simulated" not in log.header:
+        return {}
+    return {"simulated/synthetic": 1, **waterfall.metrics(log)}
 
 
 def _warmup(log: Log) -> Metrics:

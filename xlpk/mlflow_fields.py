@@ -39,6 +39,7 @@ def tags_of(folder: Path, status: dict[str, Any]) -> dict[str, str]:
         "mode": status.get("mode"),
         "model": status.get("model"),
         "lossless": str(status["lossless"]).lower() if "lossless" in status else None,
+        "synthetic": "true" if status.get("synthetic") else None,
         "git_commit": build.get("git_commit"),
         "machine": f"{build['processor']}, {build['cores']} cores, {build['system']}" if build else None,
         "compiler": details.get("compiler"),

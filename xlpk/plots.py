@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -353,6 +354,45 @@ def swept(key: str, points: Sequence[Swept]) -> Any:
     if lines != [""]:
         _legend(figure, axis, len(lines))
     return figure
+
+
+def waterfalls(bars: Sequence[tuple[str, dict[str, float]]]) -> Any:
+    """(name, milliseconds an output token by part) -> a bar each, its parts one behind the other in the same order."""
+    parts = list(dict.fromkeys(part for _, bar in bars for part in bar))
+    figure = _figure(9.6, 1.3 + 0.5 * len(bars))
+    axis = figure.subplots()
+    for index, part in enumerate(parts):
+        before = [sum(bar.get(earlier, 0.0) for earlier in parts[:index]) for _, bar in bars]
+        axis.barh(
+            range(len(bars)),
+            [bar.get(part, 0.0) for _, bar in bars],
+            left=before,
+            height=0.62,
+            color=COLOURS[index % len(COLOURS)],
+            hatch=(None, "////", "....", "xx")[index // len(COLOURS) % 4],
+            edgecolor="black",
+            linewidth=0.4,
+            label=part,
+        )
+    for row, (_, bar) in enumerate(bars):
+        total = sum(bar.values())
+        axis.text(total, row, f" {total:.3g}", va="center", fontsize=8)
+    axis.set_yticks(range(len(bars)), ["\n".join(textwrap.wrap(name, 34)[:2]) for name, _ in bars])
+    axis.invert_yaxis()
+    axis.margins(x=0.08)
+    axis.set_axisbelow(True)
+    axis.set_title("simulated: where a token's time goes", loc="left")
+    axis.set_xlabel("ms an output token, from intended arrival to last token")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, handlelength=1.6)
+    return figure
+
+
+def save(path: Path, draw: Callable[..., Any], *args: Any) -> None:
+    """The picture that `draw` makes, as PNG."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        draw(*args).savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
 
 
 def choose(configurations: Sequence[Configuration]) -> list[Configuration]:

@@ -207,12 +207,13 @@ def _why(error: BaseException) -> dict[str, str]:
 
 
 def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | None, make: MakeBackend | None) -> int:
-    from xlpk import engine, metrics, record, tracking
+    from xlpk import engine, metrics, prediction, record, side_by_side, trace_file, tracking
     from xlpk.backend import BackendReport
+    from xlpk.event_writer import EventLog
     from xlpk.kv import KVPlan
     from xlpk.model import load_model
-    from xlpk.settings import MlflowTracking
-    from xlpk.workload import make_requests
+    from xlpk.settings import MlflowTracking, SimulatedBackend
+    from xlpk.workload import make_requests, pinned_requests
 
     settings = engine.resolve_backend(config.validate(cfg))
     choice = settings.model
@@ -221,8 +222,9 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | No
     if model.path is not None:
         model.weights.check_finite()
     settings = settings.for_model(model.generation)
-    dtype, max_len = settings.stored_dtype(model.weights.dtype), _max_len(settings, model)
-    plan = KVPlan.make(settings.kv, model.config, dtype, max_len, lambda: engine.free_bytes(settings.backend, model))
+    dtype, max_len = settings.stored_dtype(model.weights.dtype), max_len_of(settings, model)
+    plan = KVPlan.make(settings.kv, model.config, dtype, max_len, lambda: engine.free_bytes(settings, model))
+    pinned, plan = pinned_requests(settings.kv.pinned_texts(), model, plan)
     requests, notes = make_requests(settings.workload, settings.sampling, model, plan)
     if settings.kv.pressure is not None:
         lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
@@ -242,6 +244,8 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | No
         "spec": f"{settings.spec.name} (block {settings.spec.block})",
         "name": facts.get("name") or _name(settings.mode, facts["overrides"]),
     }
+    if isinstance(settings.backend, SimulatedBackend):
+        facts |= {"synthetic": True, "answers": settings.backend.answers}
     record.write_config(folder, record.effective_config(settings, model, plan, requests))
     record.write_status(folder, "RUNNING", None, pid=os.getpid(), **facts)
     outcome = engine.Outcome()
@@ -249,8 +253,10 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | No
     total = sum(request.max_new_tokens for request in requests)
     bar_of_tokens: Bar = watch.bar(total) if watch else TokenBar(total, alone="sweep_id" not in facts)
     try:
-        with engine.EventLog(folder / record.EVENTS) as log, bar_of_tokens as bar:
-            engine.serve(settings, model, plan, requests, make or engine.make_backend, log, outcome, bar.update)
+        with EventLog(folder / record.EVENTS) as log, bar_of_tokens as bar:
+            engine.serve(settings, model, plan, requests, make or engine.make_backend, log, outcome, bar.update, pinned)
+        if settings.mode == side_by_side.MODE:
+            side_by_side.run_others(settings, model, plan, requests, folder)
     except BaseException as error:
         failure = error
     if isinstance(failure, InputError) and not outcome.outputs:
@@ -261,9 +267,17 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | No
     if not folder.is_dir():
         raise failure or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     measured = metrics.compute(metrics.read_events(folder / record.EVENTS))
+    if settings.mode == side_by_side.MODE:
+        measured |= side_by_side.compared(folder)
+        side_by_side.write_figure(folder, measured)
+    if isinstance(settings.backend, SimulatedBackend) and settings.backend.outcomes is not None:
+        measured |= prediction.against(Path(settings.backend.outcomes), measured)
     record.write_metrics(folder, measured)
-    record.write_texts(folder, model, requests, outcome.outputs, outcome.texts)
+    record.write_texts(folder, model, requests, outcome.outputs, outcome.texts, facts.get("answers"))
     record.write_build(folder, outcome.report or BackendReport())
+    if (folder / trace_file.DECISIONS).exists():
+        for warning in trace_file.write(folder):
+            complain(warning)
     code = 0 if failure is None else exit_code_of(failure)
     if failure is None:
         record.write_status(folder, "FINISHED", 0)
@@ -294,7 +308,7 @@ def _name(mode: str, overrides: list[str]) -> str:
     return " ".join([mode, *(text for text in overrides if not text.startswith(aside))])
 
 
-def _max_len(settings: Settings, model: Model) -> int:
+def max_len_of(settings: Settings, model: Model) -> int:
     positions = model.config.max_position_embeddings
     if settings.model.max_len is None:
         return positions
@@ -325,10 +339,12 @@ def _show(folder: Path, settings: Settings, measured: dict[str, Any]) -> None:
 
 def epilogue(folder: Path, outputs: str, shown: Path, logged: bool = True) -> None:
     """One completion in words, where everything lies, and the command that opens the MLflow UI on it."""
-    from xlpk import record, report
+    from xlpk import record, report, trace_file
 
     print(f"\n--- request 0, the model's words after >>>\n{report.completion(folder)}\n---")
     print(f"\nfolder: {os.path.relpath(shown)}")
+    if (shown / trace_file.TRACE).exists():
+        print(f"trace: open {os.path.relpath(shown / trace_file.TRACE)} at {trace_file.VIEWER}")
     config = record.read_config(folder).get("tracking", {})
     if config.get("name") == "mlflow" and not logged:
         from xlpk import tracking

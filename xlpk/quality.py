@@ -34,7 +34,7 @@ from xlpk.units import format_bytes
 from xlpk.workload import Request
 
 if TYPE_CHECKING:
-    from xlpk.engine import EventLog
+    from xlpk.event_writer import EventLog
 
 HELD_OUT = TINY / "heldout.txt"
 MAX_FILE_BYTES = 64 << 20

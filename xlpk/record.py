@@ -24,7 +24,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from xlpk import __version__
+from xlpk import __version__, side_by_side, trace_file
 from xlpk.backend import BackendReport
 from xlpk.kv import KVPlan
 from xlpk.metrics import Metrics
@@ -36,6 +36,9 @@ from xlpk.workload import Request
 CONFIG, EVENTS, METRICS, METRICS_CSV = "config.yaml", "events.jsonl", "metrics.json", "metrics.csv"
 TEXT, BUILD, STATUS = "text.txt", "build.json", "status.json"
 FILES = (CONFIG, EVENTS, METRICS, METRICS_CSV, TEXT, BUILD, STATUS)
+TRACES = (trace_file.TRACE, trace_file.DECISIONS, trace_file.SPANS)  # with run.trace=on
+COMPARED = (*side_by_side.LOGS, side_by_side.FIGURE)  # of mode=mega_kernel_sim
+MORE_FILES = (*TRACES, *COMPARED)
 TOO_FEW = "n too small"
 
 
@@ -54,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """An empty dict if the file is missing or broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # of JSON or of UTF-8
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -105,10 +108,18 @@ def write_metrics(folder: Path, metrics: Metrics) -> None:
 
 
 def write_texts(
-    folder: Path, model: Model, requests: Sequence[Request], outputs: dict[int, list[int]], texts: dict[int, str]
+    folder: Path,
+    model: Model,
+    requests: Sequence[Request],
+    outputs: dict[int, list[int]],
+    texts: dict[int, str],
+    synthetic: str | None = None,
 ) -> None:
-    """Prompt and completion of each request, cut in `texts` where a stop string ended it; ids without a tokenizer."""
-    parts = []
+    """Prompt and completion of each request, cut in `texts` where a stop string ended it; ids without a tokenizer.
+
+    `synthetic`: what the answers of a simulated run are, for the first line.
+    """
+    parts = [] if synthetic is None else [f"SYNTHETIC: nothing was computed, answers are {synthetic}"]
     for request in requests:
         output = texts.get(request.request_id, decode(model, outputs.get(request.request_id, [])))
         for title, text in (("prompt", decode(model, request.prompt)), ("completion", output)):
@@ -191,7 +202,7 @@ def program() -> str:
 
 def clear(folder: Path) -> None:
     """Our files of a run that was refused before it ran."""
-    for name in FILES:
+    for name in (*FILES, *MORE_FILES):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xlpk import record
+from xlpk import record, side_by_side
 from xlpk.metrics import Metrics
 from xlpk.units import format_bytes
 
@@ -48,6 +48,8 @@ def run_table(folder: Path) -> str:
         f"model {status.get('model')}, "
         f"drafts {status.get('spec')}, acceptance {status.get('acceptance')} ({lossless}): {status.get('status')}"
     ]
+    if status.get("synthetic"):
+        out.append(f"SYNTHETIC: a simulation on a virtual clock, answers {status.get('answers')}; nothing was computed")
     for group, clock, names in (("latency", "host", LATENCIES), ("device_latency", "device", LATENCIES[:2])):
         rows: list[tuple[str, ...]] = [(f"by {clock} clock, ms", "mean", "p50", "95 % interval", "p90", "p99", "n")]
         for name, title in names:
@@ -59,6 +61,8 @@ def run_table(folder: Path) -> str:
         if len(rows) > 1:
             out += ["", columns(rows)]
     out += ["", columns(_facts(metrics), left=True)]
+    for rows in side_by_side.tables(metrics):
+        out += ["", columns(rows)]
     return "\n".join(out)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xlpk import acceptance, compare, plots, rundata, statistics
+from xlpk import acceptance, compare, plots, rundata, side_by_side, statistics
 from xlpk.compare import Configuration
 from xlpk.plots import Drawn, Swept
 from xlpk.rundata import RunData, Timeline
@@ -159,6 +159,21 @@ def figures(configurations: Sequence[Configuration], drawn: Sequence[Drawn]) -> 
     ):
         out.append(Section(title, [*note, alt], [], _figure(name, alt, draw, drawn)))
     return out
+
+
+def waterfalls(configurations: Sequence[Configuration]) -> list[Section]:
+    """Where a token's time goes, of simulated runs: a bar each, or one for each orchestration that it compares."""
+    bars = []
+    for one in plots.choose(configurations):
+        own = side_by_side.bars(one.done[0].metrics)
+        bars += [
+            (f"{one.label} {name}".strip() if len(configurations) > 1 or not name else name, bar) for name, bar in own
+        ]
+    if not bars:
+        return []
+    alt = "Simulated: milliseconds an output token, from intended arrival to last token, by what they went into."
+    figure = _figure("waterfall", alt, plots.waterfalls, bars)
+    return [Section("Where a token's time goes", [alt], [], figure)]
 
 
 def _figure(name: str, alt: str, draw: Any, *args: Any) -> Figure:

@@ -28,6 +28,7 @@ def build(configurations: Sequence[Configuration], outcomes: Sequence[Outcome]) 
         *comparisons(configurations),
         outliers(configurations),
         *report_figures.figures(configurations, drawn),
+        *report_figures.waterfalls(configurations),
         *report_figures.drafts(drawn),
         *quality(configurations),
         *([report_figures.steady_state(configurations, settled)] if settled else []),
@@ -54,6 +55,10 @@ def what_ran(configurations: Sequence[Configuration]) -> Section:
     facts = {name: {str(run.facts.get(name)) for run in done} for name in ("model", "backend", "mode")}
     same = [f"{name} {values.pop()}" for name, values in facts.items() if len(values) == 1]
     text = [f"{'The same in all: ' if len(configurations) > 1 else ''}{', '.join(same)}."] if same else []
+    if simulated := sum(bool(run.facts.get("synthetic")) for run in done):
+        text.append(
+            f"SYNTHETIC: {simulated} of {len(done)} runs are simulations on a virtual clock; nothing was computed."
+        )
     troubled = [
         [one.label, str(run.repetition), run.status, "; ".join(_reasons(run)) or "-", str(run.folder)]
         for one in configurations

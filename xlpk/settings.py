@@ -12,13 +12,15 @@ from xlpk import layout
 from xlpk.dtypes import ELEMENT_BYTES
 from xlpk.errors import InputError, shown
 from xlpk.generation import GenerationConfig
+from xlpk.hardware import Hardware
 from xlpk.kv import KV
 from xlpk.slo import Slo
 from xlpk.speculation import Acceptance, Forced, Ngram, NoSpec, Proposer
 from xlpk.workload import Sampling, Workload
 
-MODES = ("serial_decode", "speculative_decode", "forced_rejection", "kv_pressure", "quality")
+MODES = ("serial_decode", "speculative_decode", "forced_rejection", "kv_pressure", "mega_kernel_sim", "quality")
 ORCHESTRATIONS = ("persistent", "launched")
+MAX_TRACE_SPANS = 1 << 26  # 1.5 GiB
 WEIGHT_LAYOUTS = tuple(item.name.lower() for item in layout.WeightLayout)
 
 
@@ -135,7 +137,67 @@ class HfBackend:
         return f"backend=hf with {what} serves one request at a time, as transformers does"
 
 
-AnyBackend = CpuBackend | PersistentBackend | LaunchedBackend | GraphBackend | AutoBackend | HfBackend
+@dataclass
+class SimulatedBackend:
+    """The control plane on a virtual clock (`backend=simulated`): nothing is computed, answers are synthetic."""
+
+    name: str = "simulated"
+    orchestration: str = "persistent"  # persistent | launched | graph: what drives the steps
+    control: str = "python"  # python | compiled: who runs the control plane
+    prefill_workers: int = 0  # loops that give first tokens; 0, with decode_workers=0: one loop does both
+    decode_workers: int = 0  # loops that go on with them once their K and V have moved over the link
+    costs: str | None = None  # a file of `xlpk calibrate`; null: calculated from the `hardware` group
+    outcomes: str | None = None  # the folder of a run that had the same requests: its answers; null: synthetic ones
+    acceptance_rate: float | None = None  # each draft holds with this probability; null: if it is the answer's token
+    hit_rate: float = 1.0  # with acceptance_rate: the share of verifications for which there are drafts
+    lease_ms: float = 1000.0  # of persistent: a launch leaves after this long; 0: never
+
+    @property
+    def answers(self) -> str:
+        """Where output tokens come from."""
+        return "synthetic" if self.outcomes is None else f"recorded by {self.outcomes}"
+
+    def check(self, spec: Proposer, kv: KV, sampling: Sampling, measures: bool) -> None:
+        """What has no meaning without a model's arithmetic. Raises InputError."""
+        for name, value, allowed in (
+            ("orchestration", self.orchestration, ("persistent", "launched", "graph")),
+            ("control", self.control, ("python", "compiled")),
+        ):
+            if value not in allowed:
+                raise InputError(f"backend.{name}", shown(value), f"one of {', '.join(allowed)}")
+        for name in ("prefill_workers", "decode_workers"):
+            if not 0 <= getattr(self, name) <= 1024:
+                raise InputError(f"backend.{name}", getattr(self, name), "0 to 1024")
+        if (self.prefill_workers > 0) != (self.decode_workers > 0):
+            name = "decode_workers" if self.prefill_workers else "prefill_workers"
+            raise InputError(f"backend.{name}", 0, "at least 1 where the other kind has some, or both 0: one loop")
+        if self.decode_workers and kv.preemption == "swap":
+            raise InputError("kv.preemption", "swap", "recompute with backend.decode_workers")
+        if self.control == "compiled":
+            if self.decode_workers:
+                raise InputError("backend.control", "compiled", "python with backend.decode_workers")
+            if self.hit_rate != 1:
+                raise InputError("backend.hit_rate", self.hit_rate, "1 with backend.control=compiled")
+        for name in ("acceptance_rate", "hit_rate"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:  # nan compares false
+                raise InputError(f"backend.{name}", share, "0 to 1")
+        if self.acceptance_rate is not None and (isinstance(spec, NoSpec) or self.outcomes is not None):
+            why = (
+                "drafts: spec=ngram or oracle" if self.outcomes is None else "backend.outcomes=null: a run has its own"
+            )
+            raise InputError("backend.acceptance_rate", self.acceptance_rate, f"null, or {why}")
+        if not (self.lease_ms == 0 or 1 <= self.lease_ms <= 86_400_000):
+            raise InputError("backend.lease_ms", self.lease_ms, "0 (never) or 1 to 86400000 ms")
+        if measures:
+            raise InputError("quality.measure", "true", "false with backend=simulated, which computes nothing")
+        if sampling.logprobs is not None:
+            raise InputError("sampling.logprobs", sampling.logprobs, "null with backend=simulated, which has no logits")
+
+
+AnyBackend = (
+    CpuBackend | PersistentBackend | LaunchedBackend | GraphBackend | AutoBackend | HfBackend | SimulatedBackend
+)
 
 
 @dataclass
@@ -191,6 +253,7 @@ class Scheduler:
     prefill_chunk: int = 32  # prompt tokens of one request in one step
     max_waiting: int = 256  # requests that the loop holds back; more wait at the host, which sees the ring full
     policy: str = "fcfs"  # who is admitted first: fcfs, priority (the lowest number) or shortest_prompt
+    planner: str = "auto"  # who takes arrivals beside a step: team (one of its own), inline (nobody), auto
     ageing_steps: int = 64  # steps of waiting that are worth one level of priority, or 16 prompt tokens
 
 
@@ -223,6 +286,8 @@ class Run:
     repetition: int = 0  # which of them a point is; set by run.repeat
     sweep: str | None = None  # a sweep's folder, OUTPUTS/sweeps/NAME; null: DATE/TIME-ID
     report: bool = True  # a sweep of moderate size ends with its report, as by `xlpk report`
+    trace: bool = False  # keep phases, decisions and pages: a timeline for Perfetto, trace.json.gz
+    trace_spans: int = 1 << 20  # phases that a trace keeps, the last ones of all teams together; 24 bytes each
     resume: bool = False  # a sweep goes on: that of run.sweep, else the last one of the same overrides
 
 
@@ -244,6 +309,7 @@ class Settings:
     requested_block: int
     quality: Quality = field(default_factory=Quality)
     slo: Slo = field(default_factory=Slo)
+    hardware: Hardware = field(default_factory=Hardware)
     keep_logits: bool = False  # of prompts, by position: of a session that is not timed
     notes: tuple[str, ...] = ()  # one line each: where a request was answered by something else
     resolved: dict[str, Any] = field(default_factory=dict)  # the whole config, interpolations resolved

@@ -130,6 +130,9 @@ def sweep_table(points: Sequence[Point]) -> str:
     if unfinished:
         lines.append("")
     lines += [f"{point.folder.name}: {point.name}: {_reason(point)}" for point in unfinished]
+    simulated = sum(bool(point.status.get("synthetic")) for point in points)
+    if simulated:
+        lines += ["", f"SYNTHETIC: {simulated} of {len(points)} points are simulations; nothing was computed in them"]
     return "\n".join(lines)
 
 

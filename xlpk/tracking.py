@@ -217,7 +217,7 @@ def _write_run(client: Any, experiment_id: str, folder: Path, parent_id: str | N
         client.log_batch(run_id, params=params[begin : begin + PARAMS])
     for begin in range(0, len(points), BATCH):
         client.log_batch(run_id, metrics=points[begin : begin + BATCH])
-    for name in record.FILES:
+    for name in (*record.FILES, *record.MORE_FILES):
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
     final = "FINISHED" if status.get("status") == "FINISHED" else "FAILED"

@@ -308,8 +308,9 @@ def link_bandwidth(suite: dict[str, Any]) -> float | None:
 def speed_rows(speed: dict[str, Any], link_gb_per_s: float | None) -> list[str]:
     """The table of speed.py; uploads beside the link's copy rate."""
     columns = {
-        "weights in": "weight_layout", "device ITL p50, us": "itl_us.p50", "p99, us": "itl_us.p99",
-        "weights, GB/s": "weights_gb_per_s", "upload, GB/s": "upload_gb_per_s",
+        "weights in": "weight_layout", "planner": "planner",
+        "device ITL p50, us": "itl_us.p50", "p99, us": "itl_us.p99", "weights, GB/s": "weights_gb_per_s",
+        "upload, GB/s": "upload_gb_per_s",
     }  # fmt: skip
     titles = ["flight recorder", *columns, "of the link's rate"]
     out = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]

@@ -1,9 +1,9 @@
-"""Batch-1 decode of the resident loop: flight recorder on and off, weights in rows and tiles, in turns; one JSON line.
+"""Batch-1 decode of the resident loop: in turns with and without flight recorder, tiles, a planner team.
 
     python experiments/gpu_suite/speed.py [--model NAME] [--output-len N] [--turns N]
 
-Gaps between tokens are the device clock's, in order; the weights' rate is their bytes over the median gap. The upload's
-rate has all in it, from the allocation to the last byte's arrival.
+One JSON line. Gaps between tokens are the device clock's, in order; the weights' rate is their bytes over the median
+gap. The upload's rate has all in it, from the allocation to the last byte's arrival.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from xlpk.workload import Request
 CACHE = Path(__file__).resolve().parents[2] / "outputs" / "cache"
 PROMPT_LEN = 128
 WITHIN_S = 120.0
-VARIANTS = ((True, "rows"), (False, "rows"), (True, "tiles"))  # (flight recorder, backend.weight_layout)
+# (flight recorder, backend.weight_layout, scheduler.planner)
+VARIANTS = ((True, "rows", "team"), (False, "rows", "team"), (True, "tiles", "team"), (True, "rows", "inline"))
 
 
-def measure(model: Model, library: CpuLibrary, flight: bool, weight_layout: str, output_len: int) -> dict[str, Any]:
+def measure(
+    model: Model, library: CpuLibrary, flight: bool, weight_layout: str, planner: str, output_len: int
+) -> dict[str, Any]:
     """One session: a request to warm up, one that is measured."""
     backend = PersistentBackend(
-        cache=CACHE, library=library, flight=flight, weight_layout=weight_layout, max_num_seqs=4
+        cache=CACHE, library=library, flight=flight, weight_layout=weight_layout, planner=planner, max_num_seqs=4
     )
     try:
         backend.open(model, KVPlan.make(KV(budget="128pages"), model.config, model.weights.dtype, 1024))
@@ -51,6 +54,7 @@ def measure(model: Model, library: CpuLibrary, flight: bool, weight_layout: str,
     return {
         "flight": flight,
         "weight_layout": weight_layout,
+        "planner": planner,
         "itl_us.p50": round(p50_us, 2),
         "itl_us.p99": round(float(np.percentile(gaps_us, 99)), 2),
         "weights_gb_per_s": round(model.weights.nbytes / p50_us / 1e3, 1),

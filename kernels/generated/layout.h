@@ -153,8 +153,9 @@ struct Submission {
   uint64_t deadline_ns;  // time it has from when the loop sees it; 0: for ever
   int32_t priority;  // lower goes first, under Policy.PRIORITY
   int32_t share;  // 1: it may use pages of others and leave its own to them
+  int32_t pin;  // 1: the full pages of its prompt are held for good; needs `share`
 };
-static_assert(sizeof(Submission) == 200, "Submission");
+static_assert(sizeof(Submission) == 208, "Submission");
 static_assert(offsetof(Submission, request_id) == 0, "Submission.request_id");
 static_assert(offsetof(Submission, prompt_begin) == 8, "Submission.prompt_begin");
 static_assert(offsetof(Submission, seed) == 16, "Submission.seed");
@@ -178,6 +179,7 @@ static_assert(offsetof(Submission, stop_ids) == 148, "Submission.stop_ids");
 static_assert(offsetof(Submission, deadline_ns) == 184, "Submission.deadline_ns");
 static_assert(offsetof(Submission, priority) == 192, "Submission.priority");
 static_assert(offsetof(Submission, share) == 196, "Submission.share");
+static_assert(offsetof(Submission, pin) == 200, "Submission.pin");
 
 // What the device publishes about a request, in order, in the event ring.
 struct Event {
@@ -251,6 +253,7 @@ struct StepRecord {
   int32_t pages_cached;  // held by nobody, kept for their content
   int32_t pages_active;  // hold or will hold committed tokens
   int32_t pages_draft;  // hold unverified tokens only
+  int32_t pages_pinned;  // part of active: held for good
   int32_t pages_locked;  // part of active without the pages that only requests with no row in the step hold
   int32_t context_tokens;  // tokens whose K and V the step had to read, once a request, its own rows included
   int64_t attended_tokens;  // tokens that its rows attend to, summed over rows
@@ -283,8 +286,9 @@ static_assert(offsetof(StepRecord, pages_free) == 92, "StepRecord.pages_free");
 static_assert(offsetof(StepRecord, pages_cached) == 96, "StepRecord.pages_cached");
 static_assert(offsetof(StepRecord, pages_active) == 100, "StepRecord.pages_active");
 static_assert(offsetof(StepRecord, pages_draft) == 104, "StepRecord.pages_draft");
-static_assert(offsetof(StepRecord, pages_locked) == 108, "StepRecord.pages_locked");
-static_assert(offsetof(StepRecord, context_tokens) == 112, "StepRecord.context_tokens");
+static_assert(offsetof(StepRecord, pages_pinned) == 108, "StepRecord.pages_pinned");
+static_assert(offsetof(StepRecord, pages_locked) == 112, "StepRecord.pages_locked");
+static_assert(offsetof(StepRecord, context_tokens) == 116, "StepRecord.context_tokens");
 static_assert(offsetof(StepRecord, attended_tokens) == 120, "StepRecord.attended_tokens");
 static_assert(offsetof(StepRecord, live_tokens) == 128, "StepRecord.live_tokens");
 static_assert(offsetof(StepRecord, live_pages) == 132, "StepRecord.live_pages");
@@ -336,7 +340,7 @@ static_assert(offsetof(Step, leave) == 52, "Step.leave");
 static_assert(offsetof(Step, n_page_patches) == 56, "Step.n_page_patches");
 static_assert(offsetof(Step, n_count_patches) == 60, "Step.n_count_patches");
 
-// The device's state of one running request. Its tokens are Params.tokens[slot], prompt then output.
+// The device's state of a request that runs, was preempted, or waits with its tokens here: Params.tokens[slot], prompt then output.
 struct Slot {
   uint64_t request_id;
   uint64_t seed;
@@ -344,7 +348,6 @@ struct Slot {
   uint64_t number;  // running index of its submission; settles equal ranks
   uint64_t deadline_ns;  // device clock at which it ends; 0: never
   uint64_t content;  // Page.content of the last of its addressable pages; 0: none
-  uint64_t hash;  // Page.hash of the same page
   int32_t state;  // SlotState
   int32_t prompt_len;  // tokens
   int32_t length;  // tokens known: prompt and committed output
@@ -370,7 +373,9 @@ struct Slot {
   int32_t oracle_len;  // valid entries of Params.oracle[slot]
   int32_t n_pages;  // entries of Params.page_table[slot]
   int32_t n_addressable;  // its first pages, which others can find
+  int32_t n_hashed;  // valid entries of Params.page_hashes[slot]
   int32_t share;  // 1: it may use pages of others and leave its own to them
+  int32_t pin;  // 1: the full pages of its prompt are held for good
   int32_t n_stored;  // tokens that were stored when it was preempted last: rows below are recomputation
   int32_t n_swapped;  // entries of Params.swap_table[slot]
   int32_t swapped_tokens;  // tokens that they hold
@@ -389,33 +394,34 @@ static_assert(offsetof(Slot, rank) == 16, "Slot.rank");
 static_assert(offsetof(Slot, number) == 24, "Slot.number");
 static_assert(offsetof(Slot, deadline_ns) == 32, "Slot.deadline_ns");
 static_assert(offsetof(Slot, content) == 40, "Slot.content");
-static_assert(offsetof(Slot, hash) == 48, "Slot.hash");
-static_assert(offsetof(Slot, state) == 56, "Slot.state");
-static_assert(offsetof(Slot, prompt_len) == 60, "Slot.prompt_len");
-static_assert(offsetof(Slot, length) == 64, "Slot.length");
-static_assert(offsetof(Slot, computed) == 68, "Slot.computed");
-static_assert(offsetof(Slot, max_new_tokens) == 72, "Slot.max_new_tokens");
-static_assert(offsetof(Slot, ignore_eos) == 76, "Slot.ignore_eos");
-static_assert(offsetof(Slot, n_stop_ids) == 80, "Slot.n_stop_ids");
-static_assert(offsetof(Slot, temperature) == 84, "Slot.temperature");
-static_assert(offsetof(Slot, top_k) == 88, "Slot.top_k");
-static_assert(offsetof(Slot, top_p) == 92, "Slot.top_p");
-static_assert(offsetof(Slot, min_p) == 96, "Slot.min_p");
-static_assert(offsetof(Slot, repetition_penalty) == 100, "Slot.repetition_penalty");
-static_assert(offsetof(Slot, presence_penalty) == 104, "Slot.presence_penalty");
-static_assert(offsetof(Slot, frequency_penalty) == 108, "Slot.frequency_penalty");
-static_assert(offsetof(Slot, n_logprobs) == 112, "Slot.n_logprobs");
-static_assert(offsetof(Slot, n_bias) == 116, "Slot.n_bias");
-static_assert(offsetof(Slot, n_target) == 120, "Slot.n_target");
-static_assert(offsetof(Slot, target) == 124, "Slot.target");
-static_assert(offsetof(Slot, adjusted) == 188, "Slot.adjusted");
-static_assert(offsetof(Slot, penalized) == 192, "Slot.penalized");
-static_assert(offsetof(Slot, filtered) == 196, "Slot.filtered");
-static_assert(offsetof(Slot, stop_ids) == 200, "Slot.stop_ids");
-static_assert(offsetof(Slot, oracle_len) == 232, "Slot.oracle_len");
-static_assert(offsetof(Slot, n_pages) == 236, "Slot.n_pages");
-static_assert(offsetof(Slot, n_addressable) == 240, "Slot.n_addressable");
-static_assert(offsetof(Slot, share) == 244, "Slot.share");
+static_assert(offsetof(Slot, state) == 48, "Slot.state");
+static_assert(offsetof(Slot, prompt_len) == 52, "Slot.prompt_len");
+static_assert(offsetof(Slot, length) == 56, "Slot.length");
+static_assert(offsetof(Slot, computed) == 60, "Slot.computed");
+static_assert(offsetof(Slot, max_new_tokens) == 64, "Slot.max_new_tokens");
+static_assert(offsetof(Slot, ignore_eos) == 68, "Slot.ignore_eos");
+static_assert(offsetof(Slot, n_stop_ids) == 72, "Slot.n_stop_ids");
+static_assert(offsetof(Slot, temperature) == 76, "Slot.temperature");
+static_assert(offsetof(Slot, top_k) == 80, "Slot.top_k");
+static_assert(offsetof(Slot, top_p) == 84, "Slot.top_p");
+static_assert(offsetof(Slot, min_p) == 88, "Slot.min_p");
+static_assert(offsetof(Slot, repetition_penalty) == 92, "Slot.repetition_penalty");
+static_assert(offsetof(Slot, presence_penalty) == 96, "Slot.presence_penalty");
+static_assert(offsetof(Slot, frequency_penalty) == 100, "Slot.frequency_penalty");
+static_assert(offsetof(Slot, n_logprobs) == 104, "Slot.n_logprobs");
+static_assert(offsetof(Slot, n_bias) == 108, "Slot.n_bias");
+static_assert(offsetof(Slot, n_target) == 112, "Slot.n_target");
+static_assert(offsetof(Slot, target) == 116, "Slot.target");
+static_assert(offsetof(Slot, adjusted) == 180, "Slot.adjusted");
+static_assert(offsetof(Slot, penalized) == 184, "Slot.penalized");
+static_assert(offsetof(Slot, filtered) == 188, "Slot.filtered");
+static_assert(offsetof(Slot, stop_ids) == 192, "Slot.stop_ids");
+static_assert(offsetof(Slot, oracle_len) == 224, "Slot.oracle_len");
+static_assert(offsetof(Slot, n_pages) == 228, "Slot.n_pages");
+static_assert(offsetof(Slot, n_addressable) == 232, "Slot.n_addressable");
+static_assert(offsetof(Slot, n_hashed) == 236, "Slot.n_hashed");
+static_assert(offsetof(Slot, share) == 240, "Slot.share");
+static_assert(offsetof(Slot, pin) == 244, "Slot.pin");
 static_assert(offsetof(Slot, n_stored) == 248, "Slot.n_stored");
 static_assert(offsetof(Slot, n_swapped) == 252, "Slot.n_swapped");
 static_assert(offsetof(Slot, swapped_tokens) == 256, "Slot.swapped_tokens");
@@ -438,8 +444,9 @@ struct Page {
   int32_t newer;  // likewise
   int32_t list;  // eviction list; -1: on none
   int32_t hits;  // times it was found
+  int32_t pinned;  // 1: one of its references is a pin, which stays
 };
-static_assert(sizeof(Page) == 48, "Page");
+static_assert(sizeof(Page) == 56, "Page");
 static_assert(offsetof(Page, hash) == 0, "Page.hash");
 static_assert(offsetof(Page, content) == 8, "Page.content");
 static_assert(offsetof(Page, parent) == 16, "Page.parent");
@@ -449,6 +456,7 @@ static_assert(offsetof(Page, older) == 32, "Page.older");
 static_assert(offsetof(Page, newer) == 36, "Page.newer");
 static_assert(offsetof(Page, list) == 40, "Page.list");
 static_assert(offsetof(Page, hits) == 44, "Page.hits");
+static_assert(offsetof(Page, pinned) == 48, "Page.pinned");
 
 // A request that waits to be admitted or resumed, in a binary heap by (rank, number).
 struct QueueEntry {
@@ -535,31 +543,35 @@ struct LoopState {
   int32_t n_cached_pages;  // addressable pages that nobody holds
   int32_t n_active_pages;  // pages that somebody holds
   int32_t n_refs;  // sum of Page.refs
+  int32_t n_pinned_pages;  // pages that are held for good
   int32_t oldest[2];  // of an eviction list: next to go; -1: empty
   int32_t newest[2];
   int32_t n_listed[2];  // pages on an eviction list
   int32_t n_order;  // running requests: entries of Params.order, by rank
   int32_t n_queued;  // entries of Params.heap
   int32_t n_preempted;  // slots in the state PREEMPTED
+  int32_t n_free_slots;  // entries of Params.free_slots; set by the host to all
   int32_t n_free_swap;  // entries of Params.swap_free; set by the host to all
   int32_t n_moves;  // of Params.moves, for the next step
   int32_t n_preemptions;  // since the last record
   int32_t n_evictions;  // since the last record
-  int32_t admitted_slot;  // slot whose tokens the team copies; -1: none
+  int32_t filled_slot;  // slot that the team fills; -1: none
   int32_t draft_rows;  // rows that drafts of the next step may take; -1: no step can be planned now
   uint64_t phase_ticks[10];  // of the step in flight, by clock_ticks of who ran the phase
   uint64_t span_ns;  // global time in which the forward phases' clock counted span_ticks
   uint64_t span_ticks;  // 0: their ticks are nanoseconds
   uint64_t n_launches;  // launches of the persistent loop
+  uint64_t n_check_ins;  // that the planner team owes
   uint64_t launched_ns;  // device clock when this launch began
   uint64_t busy_ns;  // device clock when there was work last
   uint64_t beat;  // the host's heartbeat as it was seen last
   uint64_t beat_ns;  // device clock when it changed
   uint64_t n_rounds;  // rounds of control
+  uint64_t round_ns;  // device clock at the start of the last of them
   uint64_t n_left;  // launches that ended
   uint64_t pong;  // ping that was answered last
 };
-static_assert(sizeof(LoopState) == 344, "LoopState");
+static_assert(sizeof(LoopState) == 368, "LoopState");
 static_assert(offsetof(LoopState, n_steps) == 0, "LoopState.n_steps");
 static_assert(offsetof(LoopState, prompt_head) == 8, "LoopState.prompt_head");
 static_assert(offsetof(LoopState, submit_head) == 16, "LoopState.submit_head");
@@ -577,29 +589,33 @@ static_assert(offsetof(LoopState, n_free_pages) == 104, "LoopState.n_free_pages"
 static_assert(offsetof(LoopState, n_cached_pages) == 108, "LoopState.n_cached_pages");
 static_assert(offsetof(LoopState, n_active_pages) == 112, "LoopState.n_active_pages");
 static_assert(offsetof(LoopState, n_refs) == 116, "LoopState.n_refs");
-static_assert(offsetof(LoopState, oldest) == 120, "LoopState.oldest");
-static_assert(offsetof(LoopState, newest) == 128, "LoopState.newest");
-static_assert(offsetof(LoopState, n_listed) == 136, "LoopState.n_listed");
-static_assert(offsetof(LoopState, n_order) == 144, "LoopState.n_order");
-static_assert(offsetof(LoopState, n_queued) == 148, "LoopState.n_queued");
-static_assert(offsetof(LoopState, n_preempted) == 152, "LoopState.n_preempted");
-static_assert(offsetof(LoopState, n_free_swap) == 156, "LoopState.n_free_swap");
-static_assert(offsetof(LoopState, n_moves) == 160, "LoopState.n_moves");
-static_assert(offsetof(LoopState, n_preemptions) == 164, "LoopState.n_preemptions");
-static_assert(offsetof(LoopState, n_evictions) == 168, "LoopState.n_evictions");
-static_assert(offsetof(LoopState, admitted_slot) == 172, "LoopState.admitted_slot");
-static_assert(offsetof(LoopState, draft_rows) == 176, "LoopState.draft_rows");
-static_assert(offsetof(LoopState, phase_ticks) == 184, "LoopState.phase_ticks");
-static_assert(offsetof(LoopState, span_ns) == 264, "LoopState.span_ns");
-static_assert(offsetof(LoopState, span_ticks) == 272, "LoopState.span_ticks");
-static_assert(offsetof(LoopState, n_launches) == 280, "LoopState.n_launches");
-static_assert(offsetof(LoopState, launched_ns) == 288, "LoopState.launched_ns");
-static_assert(offsetof(LoopState, busy_ns) == 296, "LoopState.busy_ns");
-static_assert(offsetof(LoopState, beat) == 304, "LoopState.beat");
-static_assert(offsetof(LoopState, beat_ns) == 312, "LoopState.beat_ns");
-static_assert(offsetof(LoopState, n_rounds) == 320, "LoopState.n_rounds");
-static_assert(offsetof(LoopState, n_left) == 328, "LoopState.n_left");
-static_assert(offsetof(LoopState, pong) == 336, "LoopState.pong");
+static_assert(offsetof(LoopState, n_pinned_pages) == 120, "LoopState.n_pinned_pages");
+static_assert(offsetof(LoopState, oldest) == 124, "LoopState.oldest");
+static_assert(offsetof(LoopState, newest) == 132, "LoopState.newest");
+static_assert(offsetof(LoopState, n_listed) == 140, "LoopState.n_listed");
+static_assert(offsetof(LoopState, n_order) == 148, "LoopState.n_order");
+static_assert(offsetof(LoopState, n_queued) == 152, "LoopState.n_queued");
+static_assert(offsetof(LoopState, n_preempted) == 156, "LoopState.n_preempted");
+static_assert(offsetof(LoopState, n_free_slots) == 160, "LoopState.n_free_slots");
+static_assert(offsetof(LoopState, n_free_swap) == 164, "LoopState.n_free_swap");
+static_assert(offsetof(LoopState, n_moves) == 168, "LoopState.n_moves");
+static_assert(offsetof(LoopState, n_preemptions) == 172, "LoopState.n_preemptions");
+static_assert(offsetof(LoopState, n_evictions) == 176, "LoopState.n_evictions");
+static_assert(offsetof(LoopState, filled_slot) == 180, "LoopState.filled_slot");
+static_assert(offsetof(LoopState, draft_rows) == 184, "LoopState.draft_rows");
+static_assert(offsetof(LoopState, phase_ticks) == 192, "LoopState.phase_ticks");
+static_assert(offsetof(LoopState, span_ns) == 272, "LoopState.span_ns");
+static_assert(offsetof(LoopState, span_ticks) == 280, "LoopState.span_ticks");
+static_assert(offsetof(LoopState, n_launches) == 288, "LoopState.n_launches");
+static_assert(offsetof(LoopState, n_check_ins) == 296, "LoopState.n_check_ins");
+static_assert(offsetof(LoopState, launched_ns) == 304, "LoopState.launched_ns");
+static_assert(offsetof(LoopState, busy_ns) == 312, "LoopState.busy_ns");
+static_assert(offsetof(LoopState, beat) == 320, "LoopState.beat");
+static_assert(offsetof(LoopState, beat_ns) == 328, "LoopState.beat_ns");
+static_assert(offsetof(LoopState, n_rounds) == 336, "LoopState.n_rounds");
+static_assert(offsetof(LoopState, round_ns) == 344, "LoopState.round_ns");
+static_assert(offsetof(LoopState, n_left) == 352, "LoopState.n_left");
+static_assert(offsetof(LoopState, pong) == 360, "LoopState.pong");
 
 // A word of the page table or of the counts that changed since the device had them.
 struct Patch {
@@ -705,12 +721,16 @@ struct GridState {
   uint8_t arrivals_pad[120];
   uint32_t abort;  // AbortReason; the first one written stays
   uint8_t abort_pad[124];
+  uint64_t check_ins;  // of the planner team since the start: one a launch, one a round of control; never reset
+  uint8_t check_ins_pad[120];
 };
-static_assert(sizeof(GridState) == 256, "GridState");
+static_assert(sizeof(GridState) == 384, "GridState");
 static_assert(offsetof(GridState, arrivals) == 0, "GridState.arrivals");
 static_assert(offsetof(GridState, arrivals_pad) == 8, "GridState.arrivals_pad");
 static_assert(offsetof(GridState, abort) == 128, "GridState.abort");
 static_assert(offsetof(GridState, abort_pad) == 132, "GridState.abort_pad");
+static_assert(offsetof(GridState, check_ins) == 256, "GridState.check_ins");
+static_assert(offsetof(GridState, check_ins_pad) == 264, "GridState.check_ins_pad");
 
 // All addresses and policies of a session, passed to every kernel.
 struct Params {
@@ -757,6 +777,8 @@ struct Params {
   int32_t* tokens;  // [max_slots, max_len]
   int32_t* oracle;  // right output tokens, [max_slots, max_len]
   int32_t* page_table;  // [max_slots, max_slot_pages]
+  int32_t* free_slots;  // a stack, [max_slots]
+  uint64_t* page_hashes;  // Page.hash of a slot's full pages, [max_slots, max_slot_pages]
   int32_t* free_pages;  // a stack, [n_pages]
   Page* pages;  // [n_pages]
   int32_t* page_tokens;  // tokens of addressable pages, [n_pages, page_size]
@@ -777,6 +799,7 @@ struct Params {
   uint64_t heartbeat_ns;  // a launch leaves when the host's heartbeat stood still for this long; 0: never
   int32_t version;  // kLayoutVersion
   int32_t max_rows;  // rows of a step at most
+  int32_t planner;  // 1: the last team plans beside the steps and has no share of them; 0: there is none
   int32_t max_running;  // requests that run at once
   int32_t max_slots;  // requests that run or wait with their tokens on the device
   int32_t max_len;  // tokens of a sequence at most
@@ -806,7 +829,7 @@ struct Params {
   int32_t mismatch_stride;  // oracle: output positions p with (p + 1) % stride == 0 get a wrong draft; 0: never
   int32_t forced_stride;  // forced acceptance rejects drafts at output positions p with (p + 1) % stride == 0
 };
-static_assert(sizeof(Params) == 608, "Params");
+static_assert(sizeof(Params) == 632, "Params");
 static_assert(offsetof(Params, embed_tokens) == 0, "Params.embed_tokens");
 static_assert(offsetof(Params, lm_head) == 8, "Params.lm_head");
 static_assert(offsetof(Params, norm) == 16, "Params.norm");
@@ -850,54 +873,57 @@ static_assert(offsetof(Params, order) == 312, "Params.order");
 static_assert(offsetof(Params, tokens) == 320, "Params.tokens");
 static_assert(offsetof(Params, oracle) == 328, "Params.oracle");
 static_assert(offsetof(Params, page_table) == 336, "Params.page_table");
-static_assert(offsetof(Params, free_pages) == 344, "Params.free_pages");
-static_assert(offsetof(Params, pages) == 352, "Params.pages");
-static_assert(offsetof(Params, page_tokens) == 360, "Params.page_tokens");
-static_assert(offsetof(Params, swap) == 368, "Params.swap");
-static_assert(offsetof(Params, swap_free) == 376, "Params.swap_free");
-static_assert(offsetof(Params, swap_table) == 384, "Params.swap_table");
-static_assert(offsetof(Params, moves) == 392, "Params.moves");
-static_assert(offsetof(Params, buckets) == 400, "Params.buckets");
-static_assert(offsetof(Params, trace) == 408, "Params.trace");
-static_assert(offsetof(Params, spans) == 416, "Params.spans");
-static_assert(offsetof(Params, span_counts) == 424, "Params.span_counts");
-static_assert(offsetof(Params, flight) == 432, "Params.flight");
-static_assert(offsetof(Params, patches) == 440, "Params.patches");
-static_assert(offsetof(Params, spin_deadline_ns) == 448, "Params.spin_deadline_ns");
-static_assert(offsetof(Params, census_ns) == 456, "Params.census_ns");
-static_assert(offsetof(Params, lease_ns) == 464, "Params.lease_ns");
-static_assert(offsetof(Params, idle_ns) == 472, "Params.idle_ns");
-static_assert(offsetof(Params, heartbeat_ns) == 480, "Params.heartbeat_ns");
-static_assert(offsetof(Params, version) == 488, "Params.version");
-static_assert(offsetof(Params, max_rows) == 492, "Params.max_rows");
-static_assert(offsetof(Params, max_running) == 496, "Params.max_running");
-static_assert(offsetof(Params, max_slots) == 500, "Params.max_slots");
-static_assert(offsetof(Params, max_len) == 504, "Params.max_len");
-static_assert(offsetof(Params, max_spans) == 508, "Params.max_spans");
-static_assert(offsetof(Params, max_slot_pages) == 512, "Params.max_slot_pages");
-static_assert(offsetof(Params, n_pages) == 516, "Params.n_pages");
-static_assert(offsetof(Params, n_buckets) == 520, "Params.n_buckets");
-static_assert(offsetof(Params, n_swap_pages) == 524, "Params.n_swap_pages");
-static_assert(offsetof(Params, n_eos_ids) == 528, "Params.n_eos_ids");
-static_assert(offsetof(Params, scratch_floats) == 532, "Params.scratch_floats");
-static_assert(offsetof(Params, submission_capacity) == 536, "Params.submission_capacity");
-static_assert(offsetof(Params, prompt_capacity) == 540, "Params.prompt_capacity");
-static_assert(offsetof(Params, event_capacity) == 544, "Params.event_capacity");
-static_assert(offsetof(Params, step_capacity) == 548, "Params.step_capacity");
-static_assert(offsetof(Params, trace_capacity) == 552, "Params.trace_capacity");
-static_assert(offsetof(Params, span_capacity) == 556, "Params.span_capacity");
-static_assert(offsetof(Params, prefill_chunk) == 560, "Params.prefill_chunk");
-static_assert(offsetof(Params, block) == 564, "Params.block");
-static_assert(offsetof(Params, policy) == 568, "Params.policy");
-static_assert(offsetof(Params, ageing_steps) == 572, "Params.ageing_steps");
-static_assert(offsetof(Params, eviction) == 576, "Params.eviction");
-static_assert(offsetof(Params, prefix_sharing) == 580, "Params.prefix_sharing");
-static_assert(offsetof(Params, proposer) == 584, "Params.proposer");
-static_assert(offsetof(Params, acceptance) == 588, "Params.acceptance");
-static_assert(offsetof(Params, ngram_min) == 592, "Params.ngram_min");
-static_assert(offsetof(Params, ngram_max) == 596, "Params.ngram_max");
-static_assert(offsetof(Params, mismatch_stride) == 600, "Params.mismatch_stride");
-static_assert(offsetof(Params, forced_stride) == 604, "Params.forced_stride");
+static_assert(offsetof(Params, free_slots) == 344, "Params.free_slots");
+static_assert(offsetof(Params, page_hashes) == 352, "Params.page_hashes");
+static_assert(offsetof(Params, free_pages) == 360, "Params.free_pages");
+static_assert(offsetof(Params, pages) == 368, "Params.pages");
+static_assert(offsetof(Params, page_tokens) == 376, "Params.page_tokens");
+static_assert(offsetof(Params, swap) == 384, "Params.swap");
+static_assert(offsetof(Params, swap_free) == 392, "Params.swap_free");
+static_assert(offsetof(Params, swap_table) == 400, "Params.swap_table");
+static_assert(offsetof(Params, moves) == 408, "Params.moves");
+static_assert(offsetof(Params, buckets) == 416, "Params.buckets");
+static_assert(offsetof(Params, trace) == 424, "Params.trace");
+static_assert(offsetof(Params, spans) == 432, "Params.spans");
+static_assert(offsetof(Params, span_counts) == 440, "Params.span_counts");
+static_assert(offsetof(Params, flight) == 448, "Params.flight");
+static_assert(offsetof(Params, patches) == 456, "Params.patches");
+static_assert(offsetof(Params, spin_deadline_ns) == 464, "Params.spin_deadline_ns");
+static_assert(offsetof(Params, census_ns) == 472, "Params.census_ns");
+static_assert(offsetof(Params, lease_ns) == 480, "Params.lease_ns");
+static_assert(offsetof(Params, idle_ns) == 488, "Params.idle_ns");
+static_assert(offsetof(Params, heartbeat_ns) == 496, "Params.heartbeat_ns");
+static_assert(offsetof(Params, version) == 504, "Params.version");
+static_assert(offsetof(Params, max_rows) == 508, "Params.max_rows");
+static_assert(offsetof(Params, planner) == 512, "Params.planner");
+static_assert(offsetof(Params, max_running) == 516, "Params.max_running");
+static_assert(offsetof(Params, max_slots) == 520, "Params.max_slots");
+static_assert(offsetof(Params, max_len) == 524, "Params.max_len");
+static_assert(offsetof(Params, max_spans) == 528, "Params.max_spans");
+static_assert(offsetof(Params, max_slot_pages) == 532, "Params.max_slot_pages");
+static_assert(offsetof(Params, n_pages) == 536, "Params.n_pages");
+static_assert(offsetof(Params, n_buckets) == 540, "Params.n_buckets");
+static_assert(offsetof(Params, n_swap_pages) == 544, "Params.n_swap_pages");
+static_assert(offsetof(Params, n_eos_ids) == 548, "Params.n_eos_ids");
+static_assert(offsetof(Params, scratch_floats) == 552, "Params.scratch_floats");
+static_assert(offsetof(Params, submission_capacity) == 556, "Params.submission_capacity");
+static_assert(offsetof(Params, prompt_capacity) == 560, "Params.prompt_capacity");
+static_assert(offsetof(Params, event_capacity) == 564, "Params.event_capacity");
+static_assert(offsetof(Params, step_capacity) == 568, "Params.step_capacity");
+static_assert(offsetof(Params, trace_capacity) == 572, "Params.trace_capacity");
+static_assert(offsetof(Params, span_capacity) == 576, "Params.span_capacity");
+static_assert(offsetof(Params, prefill_chunk) == 580, "Params.prefill_chunk");
+static_assert(offsetof(Params, block) == 584, "Params.block");
+static_assert(offsetof(Params, policy) == 588, "Params.policy");
+static_assert(offsetof(Params, ageing_steps) == 592, "Params.ageing_steps");
+static_assert(offsetof(Params, eviction) == 596, "Params.eviction");
+static_assert(offsetof(Params, prefix_sharing) == 600, "Params.prefix_sharing");
+static_assert(offsetof(Params, proposer) == 604, "Params.proposer");
+static_assert(offsetof(Params, acceptance) == 608, "Params.acceptance");
+static_assert(offsetof(Params, ngram_min) == 612, "Params.ngram_min");
+static_assert(offsetof(Params, ngram_max) == 616, "Params.ngram_max");
+static_assert(offsetof(Params, mismatch_stride) == 620, "Params.mismatch_stride");
+static_assert(offsetof(Params, forced_stride) == 624, "Params.forced_stride");
 
 // A request of a play, in the order of submission, for who plays its trace again.
 struct PlayRequest {
@@ -908,10 +934,11 @@ struct PlayRequest {
   int32_t max_new_tokens;
   int32_t priority;
   int32_t share;
+  int32_t pin;
   int32_t n_output;  // tokens that it put out
   int32_t n_answers;  // right answers that came with it, the first of what it puts out
 };
-static_assert(sizeof(PlayRequest) == 48, "PlayRequest");
+static_assert(sizeof(PlayRequest) == 56, "PlayRequest");
 static_assert(offsetof(PlayRequest, request_id) == 0, "PlayRequest.request_id");
 static_assert(offsetof(PlayRequest, seed) == 8, "PlayRequest.seed");
 static_assert(offsetof(PlayRequest, deadline_ns) == 16, "PlayRequest.deadline_ns");
@@ -919,8 +946,9 @@ static_assert(offsetof(PlayRequest, prompt_len) == 24, "PlayRequest.prompt_len")
 static_assert(offsetof(PlayRequest, max_new_tokens) == 28, "PlayRequest.max_new_tokens");
 static_assert(offsetof(PlayRequest, priority) == 32, "PlayRequest.priority");
 static_assert(offsetof(PlayRequest, share) == 36, "PlayRequest.share");
-static_assert(offsetof(PlayRequest, n_output) == 40, "PlayRequest.n_output");
-static_assert(offsetof(PlayRequest, n_answers) == 44, "PlayRequest.n_answers");
+static_assert(offsetof(PlayRequest, pin) == 40, "PlayRequest.pin");
+static_assert(offsetof(PlayRequest, n_output) == 44, "PlayRequest.n_output");
+static_assert(offsetof(PlayRequest, n_answers) == 48, "PlayRequest.n_answers");
 
 // What kernels/play.cpp plays with the control plane alone; all of it drawn from `seed`.
 struct PlayRules {
@@ -937,11 +965,14 @@ struct PlayRules {
   int32_t private_one_in;  // requests to one that shares nothing
   int32_t away_one_in;  // rounds to one in which the host does not look at the rings
   int32_t priorities;  // levels, uniform
+  int32_t pins;  // the first so many requests are pinned
+  int32_t arrivals_beside;  // requests that arrive while a step runs
+  int32_t prepares;  // 1: they are taken beside it, and waiting ones prepared; 0: control does all
   int32_t recount_every;  // events between full recounts; 0: none, and texts are not checked either
   PlayRequest* requests;  // null, or what was submitted, [max_requests]
   int32_t* texts;  // with it, prompt and output of each, [max_requests, Params.max_len]
 };
-static_assert(sizeof(PlayRules) == 88, "PlayRules");
+static_assert(sizeof(PlayRules) == 96, "PlayRules");
 static_assert(offsetof(PlayRules, seed) == 0, "PlayRules.seed");
 static_assert(offsetof(PlayRules, max_requests) == 8, "PlayRules.max_requests");
 static_assert(offsetof(PlayRules, max_events) == 16, "PlayRules.max_events");
@@ -955,9 +986,12 @@ static_assert(offsetof(PlayRules, deadline_one_in) == 48, "PlayRules.deadline_on
 static_assert(offsetof(PlayRules, private_one_in) == 52, "PlayRules.private_one_in");
 static_assert(offsetof(PlayRules, away_one_in) == 56, "PlayRules.away_one_in");
 static_assert(offsetof(PlayRules, priorities) == 60, "PlayRules.priorities");
-static_assert(offsetof(PlayRules, recount_every) == 64, "PlayRules.recount_every");
-static_assert(offsetof(PlayRules, requests) == 72, "PlayRules.requests");
-static_assert(offsetof(PlayRules, texts) == 80, "PlayRules.texts");
+static_assert(offsetof(PlayRules, pins) == 64, "PlayRules.pins");
+static_assert(offsetof(PlayRules, arrivals_beside) == 68, "PlayRules.arrivals_beside");
+static_assert(offsetof(PlayRules, prepares) == 72, "PlayRules.prepares");
+static_assert(offsetof(PlayRules, recount_every) == 76, "PlayRules.recount_every");
+static_assert(offsetof(PlayRules, requests) == 80, "PlayRules.requests");
+static_assert(offsetof(PlayRules, texts) == 88, "PlayRules.texts");
 
 // What came of it.
 struct PlayResult {
@@ -1004,7 +1038,6 @@ static_assert(offsetof(PlayResult, detail) == 132, "PlayResult.detail");
 struct SimulatedRequest {
   uint64_t arrival_ns;  // virtual time at which the host submits it
   uint64_t deadline_ns;  // after its arrival; 0: none
-  uint64_t seed;  // of its output, and of what is its own of its prompt
   uint64_t tokens_begin;  // its prompt in SimulateRules.tokens, if there are any
   uint64_t blocks_begin;  // its first entry in SimulateRules.blocks
   int32_t n_blocks;  // blocks of the prompt, from its beginning, that others may share; the rest is its own
@@ -1013,25 +1046,24 @@ struct SimulatedRequest {
   int32_t priority;
   int32_t share;  // 1: it may use pages of others and leave its own to them
 };
-static_assert(sizeof(SimulatedRequest) == 64, "SimulatedRequest");
+static_assert(sizeof(SimulatedRequest) == 56, "SimulatedRequest");
 static_assert(offsetof(SimulatedRequest, arrival_ns) == 0, "SimulatedRequest.arrival_ns");
 static_assert(offsetof(SimulatedRequest, deadline_ns) == 8, "SimulatedRequest.deadline_ns");
-static_assert(offsetof(SimulatedRequest, seed) == 16, "SimulatedRequest.seed");
-static_assert(offsetof(SimulatedRequest, tokens_begin) == 24, "SimulatedRequest.tokens_begin");
-static_assert(offsetof(SimulatedRequest, blocks_begin) == 32, "SimulatedRequest.blocks_begin");
-static_assert(offsetof(SimulatedRequest, n_blocks) == 40, "SimulatedRequest.n_blocks");
-static_assert(offsetof(SimulatedRequest, prompt_len) == 44, "SimulatedRequest.prompt_len");
-static_assert(offsetof(SimulatedRequest, max_new_tokens) == 48, "SimulatedRequest.max_new_tokens");
-static_assert(offsetof(SimulatedRequest, priority) == 52, "SimulatedRequest.priority");
-static_assert(offsetof(SimulatedRequest, share) == 56, "SimulatedRequest.share");
+static_assert(offsetof(SimulatedRequest, tokens_begin) == 16, "SimulatedRequest.tokens_begin");
+static_assert(offsetof(SimulatedRequest, blocks_begin) == 24, "SimulatedRequest.blocks_begin");
+static_assert(offsetof(SimulatedRequest, n_blocks) == 32, "SimulatedRequest.n_blocks");
+static_assert(offsetof(SimulatedRequest, prompt_len) == 36, "SimulatedRequest.prompt_len");
+static_assert(offsetof(SimulatedRequest, max_new_tokens) == 40, "SimulatedRequest.max_new_tokens");
+static_assert(offsetof(SimulatedRequest, priority) == 44, "SimulatedRequest.priority");
+static_assert(offsetof(SimulatedRequest, share) == 48, "SimulatedRequest.share");
 
-// What became of a request; times are of the loop's clock, 0: it never came so far.
+// What became of a request; times are of the loop's clock, -1: it never came so far.
 struct SimulatedOutcome {
-  uint64_t seen_ns;  // the loop took it from the ring
-  uint64_t admitted_ns;  // first admission
-  uint64_t first_token_ns;  // commit of its first token; the host sees it publish_ns later, likewise below
-  uint64_t last_token_ns;
-  uint64_t finished_ns;
+  int64_t seen_ns;  // the loop took it from the ring
+  int64_t admitted_ns;  // first admission
+  int64_t first_token_ns;  // commit of its first token; the host sees it publish_ns later, likewise below
+  int64_t last_token_ns;
+  int64_t finished_ns;
   int32_t instance;  // that served it
   int32_t reason;  // FinishReason
   int32_t n_output;  // tokens
@@ -1103,28 +1135,30 @@ struct SimulateRules {
   const int32_t* tokens;  // prompts, or null: they are made from blocks and seeds
   const uint64_t* blocks;  // what a block of a prompt is; equal numbers are equal tokens
   uint64_t n_requests;
-  double acceptance_rate;  // share of drafts that hold, drawn by (seed, output index); below 0: the text decides
+  uint64_t seed;  // of prompts, outputs and the law of acceptance
+  double acceptance_rate;  // share of the oracle's drafts that hold, drawn by (request, output index)
+  int32_t prompt_room;  // tokens that the prompt ring holds beside drafts of the law; 0: its capacity
   int32_t block_tokens;  // tokens of a block
   int32_t n_instances;
   int32_t router;  // Router
-  int32_t answers;  // 1: the right answers come with each request (Proposer.ORACLE)
   int32_t affinity_blocks;  // first blocks of a prompt by which PREFIX_AFFINITY routes
   int32_t affinity_percent;  // of the mean load, above which it looks for the next instance
 };
-static_assert(sizeof(SimulateRules) == 80, "SimulateRules");
+static_assert(sizeof(SimulateRules) == 88, "SimulateRules");
 static_assert(offsetof(SimulateRules, requests) == 0, "SimulateRules.requests");
 static_assert(offsetof(SimulateRules, outcomes) == 8, "SimulateRules.outcomes");
 static_assert(offsetof(SimulateRules, totals) == 16, "SimulateRules.totals");
 static_assert(offsetof(SimulateRules, tokens) == 24, "SimulateRules.tokens");
 static_assert(offsetof(SimulateRules, blocks) == 32, "SimulateRules.blocks");
 static_assert(offsetof(SimulateRules, n_requests) == 40, "SimulateRules.n_requests");
-static_assert(offsetof(SimulateRules, acceptance_rate) == 48, "SimulateRules.acceptance_rate");
-static_assert(offsetof(SimulateRules, block_tokens) == 56, "SimulateRules.block_tokens");
-static_assert(offsetof(SimulateRules, n_instances) == 60, "SimulateRules.n_instances");
-static_assert(offsetof(SimulateRules, router) == 64, "SimulateRules.router");
-static_assert(offsetof(SimulateRules, answers) == 68, "SimulateRules.answers");
-static_assert(offsetof(SimulateRules, affinity_blocks) == 72, "SimulateRules.affinity_blocks");
-static_assert(offsetof(SimulateRules, affinity_percent) == 76, "SimulateRules.affinity_percent");
+static_assert(offsetof(SimulateRules, seed) == 48, "SimulateRules.seed");
+static_assert(offsetof(SimulateRules, acceptance_rate) == 56, "SimulateRules.acceptance_rate");
+static_assert(offsetof(SimulateRules, prompt_room) == 64, "SimulateRules.prompt_room");
+static_assert(offsetof(SimulateRules, block_tokens) == 68, "SimulateRules.block_tokens");
+static_assert(offsetof(SimulateRules, n_instances) == 72, "SimulateRules.n_instances");
+static_assert(offsetof(SimulateRules, router) == 76, "SimulateRules.router");
+static_assert(offsetof(SimulateRules, affinity_blocks) == 80, "SimulateRules.affinity_blocks");
+static_assert(offsetof(SimulateRules, affinity_percent) == 84, "SimulateRules.affinity_percent");
 
 // How a simulation ended.
 struct SimulateResult {

@@ -55,6 +55,11 @@ XL_FN FinishReason finish_reason_of(const Params& p, int slot_id, int token) {
   return FinishReason::kNone;
 }
 
+XL_FN void free_slot(const Params& p, int slot_id) {
+  p.slots[slot_id].state = int(SlotState::kFree);
+  p.free_slots[p.state->n_free_slots++] = slot_id;
+}
+
 // Ends the request of a slot: event, pages back, slot free. Its place in `order` or in the queue is the caller's to close.
 XL_FN void finish_slot(const Grid& grid, const Params& p, int page_size, int slot_id, uint64_t now_ns, FinishReason reason) {
   Slot& slot = p.slots[slot_id];
@@ -67,7 +72,7 @@ XL_FN void finish_slot(const Grid& grid, const Params& p, int page_size, int slo
   release_swap(p, slot_id);
   if (slot.state == int(SlotState::kPreempted)) --p.state->n_preempted;
   slot.row_count = 0;
-  slot.state = int(SlotState::kFree);
+  free_slot(p, slot_id);
 }
 
 // Beside the event that is about to be written: the logprobs of the i-th emitted token, from the row that it was sampled in.

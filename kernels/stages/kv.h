@@ -26,6 +26,15 @@ XL_FN void stage_kv_shrink(const Grid& grid, const Params& p, int page_size, int
   while (slot.n_pages > kept) release_page(grid, p, page_table_of(p, slot_id)[--slot.n_pages]);
 }
 
+// Page.hash of the slot's i-th page, which is full.
+XL_FN uint64_t page_hash(const Params& p, int page_size, int slot_id, int i) {
+  Slot& slot = p.slots[slot_id];
+  uint64_t* hashes = p.page_hashes + size_t(slot_id) * size_t(p.max_slot_pages);
+  for (int& n = slot.n_hashed; n <= i; ++n)
+    hashes[n] = hash_page(n > 0 ? hashes[n - 1] : 0, tokens_of(p, slot_id) + size_t(n) * size_t(page_size), page_size);
+  return hashes[i];
+}
+
 // Makes the slot's full pages addressable, those of its first `stored` tokens. A page that another request has made so meanwhile
 // takes the place of the slot's own: equal tokens have equal K and V, bit for bit.
 XL_FN void stage_kv_publish(const Grid& grid, const Params& p, int page_size, int slot_id, int stored) {
@@ -34,7 +43,7 @@ XL_FN void stage_kv_publish(const Grid& grid, const Params& p, int page_size, in
   int32_t* table = page_table_of(p, slot_id);
   for (; (slot.n_addressable + 1) * page_size <= stored; ++slot.n_addressable) {
     const int32_t* tokens = tokens_of(p, slot_id) + size_t(slot.n_addressable) * size_t(page_size);
-    const uint64_t hash = hash_page(slot.hash, tokens, page_size);
+    const uint64_t hash = page_hash(p, page_size, slot_id, slot.n_addressable);
     const int own = table[slot.n_addressable], other = find_page(p, hash, slot.content, tokens, page_size);
     if (other >= 0) {
       hold_page(p, other);
@@ -43,8 +52,9 @@ XL_FN void stage_kv_publish(const Grid& grid, const Params& p, int page_size, in
     } else {
       register_page(p, own, hash, slot.content, tokens, page_size);
     }
-    slot.content = p.pages[table[slot.n_addressable]].content;
-    slot.hash = hash;
+    const int page = table[slot.n_addressable];
+    slot.content = p.pages[page].content;
+    if (slot.pin && (slot.n_addressable + 1) * page_size <= slot.prompt_len) pin_page(p, page);
   }
 }
 
@@ -60,11 +70,10 @@ XL_FN SharedPrefix find_shared_prefix(const Params& p, int page_size, int slot_i
   SharedPrefix found = {0, 0};
   if (!slot.share) return found;
   const int most = (slot.length - 1) / page_size;
-  uint64_t hash = 0, parent = 0;
+  uint64_t parent = 0;
   while (found.n_pages < most) {
     const int32_t* tokens = tokens_of(p, slot_id) + size_t(found.n_pages) * size_t(page_size);
-    hash = hash_page(hash, tokens, page_size);
-    const int page = find_page(p, hash, parent, tokens, page_size);
+    const int page = find_page(p, page_hash(p, page_size, slot_id, found.n_pages), parent, tokens, page_size);
     if (page < 0) break;
     page_table_of(p, slot_id)[found.n_pages++] = page;
     found.n_cached += p.pages[page].refs == 0;
@@ -79,20 +88,20 @@ XL_FN void hold_shared_prefix(const Params& p, int page_size, int slot_id, const
   const int32_t* table = page_table_of(p, slot_id);
   for (int i = 0; i < found.n_pages; ++i) {
     hold_page(p, table[i]);
+    if (slot.pin && (i + 1) * page_size <= slot.prompt_len) pin_page(p, table[i]);  // who comes back finds its output too
     p.pages[table[i]].hits += slot.state == int(SlotState::kWaiting);  // who comes back finds its own
   }
   slot.n_pages = slot.n_addressable = found.n_pages;
   slot.computed = found.n_pages * page_size;
   slot.content = found.n_pages > 0 ? p.pages[table[found.n_pages - 1]].content : 0;
-  slot.hash = found.n_pages > 0 ? p.pages[table[found.n_pages - 1]].hash : 0;
 }
 
-// free + cached + active = total, and every reference is in one table, or the loop stops.
+// free + cached + active = total, and every reference is a pin or in one table, or the loop stops.
 XL_FN void check_page_conservation(const Grid& grid, const Params& p) {
   const LoopState& state = *p.state;
   int held = 0;
   for (int i = 0; i < state.n_order; ++i) held += p.slots[p.order[i]].n_pages;
-  if (state.n_free_pages + state.n_cached_pages + state.n_active_pages != p.n_pages || held != state.n_refs)
+  if (state.n_free_pages + state.n_cached_pages + state.n_active_pages != p.n_pages || held + state.n_pinned_pages != state.n_refs)
     grid.abort(AbortReason::kPageConservation);
 }
 

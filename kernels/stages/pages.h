@@ -152,6 +152,18 @@ XL_FN void hold_page(const Params& p, int page) {
   trace(p, TraceKind::kHold, entry.content, page, entry.refs);
 }
 
+// An addressable page is held for good.
+XL_FN void pin_page(const Params& p, int page) {
+  LoopState& state = *p.state;
+  Page& entry = p.pages[page];
+  if (entry.pinned) return;
+  entry.pinned = 1;
+  ++entry.refs;
+  ++state.n_refs;
+  ++state.n_pinned_pages;
+  trace(p, TraceKind::kPin, entry.content, page, entry.refs);
+}
+
 // One table less holds the page; the last one leaves it cached if it is addressable, else free.
 XL_FN void release_page(const Grid& grid, const Params& p, int page) {
   LoopState& state = *p.state;

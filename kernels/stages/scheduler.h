@@ -52,25 +52,32 @@ XL_FN void look_at_rings(const Params& p, const HostWords& host) {
 template <class Team>
 XL_FN void take_submissions(Team& team, const Params& p, uint64_t now_ns) {
   LoopState& state = *p.state;
-  const uint64_t tail = state.submit_tail;
-  constexpr int kWords = int(sizeof(Submission) / sizeof(uint32_t));
-  for (uint64_t at = state.submit_seen; at < tail; ++at) {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(&ring_entry(p.submissions, p.submission_capacity, at));
-    Submission& submission = ring_entry(p.queue, p.submission_capacity, at);
-    for (int i = team.thread(); i < kWords; i += Team::threads) reinterpret_cast<uint32_t*>(&submission)[i] = from[i];
-    team.sync();
-    if (team.thread() != 0) continue;
+  const uint64_t seen = state.submit_seen, tail = state.submit_tail;
+  if (seen == tail) return;
+  constexpr uint64_t kWords = sizeof(Submission) / sizeof(uint32_t);
+  for (uint64_t i = uint64_t(team.thread()); i < (tail - seen) * kWords; i += uint64_t(Team::threads)) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(&ring_entry(p.submissions, p.submission_capacity, seen + i / kWords));
+    reinterpret_cast<uint32_t*>(&ring_entry(p.queue, p.submission_capacity, seen + i / kWords))[i % kWords] = from[i % kWords];
+  }
+  team.sync();
+  if (team.thread() != 0) return;
+  const uint64_t after_ns = now_ns - state.round_ns;
+  for (; state.submit_seen < tail; ++state.submit_seen) {
+    Submission& submission = ring_entry(p.queue, p.submission_capacity, state.submit_seen);
     if (submission.deadline_ns != 0) {
       submission.deadline_ns += now_ns;
       if (state.next_deadline_ns == 0 || submission.deadline_ns < state.next_deadline_ns)
         state.next_deadline_ns = submission.deadline_ns;
     }
-    trace(p, TraceKind::kSeen, submission.request_id);
-    ring_entry(p.gone, p.submission_capacity, at) = 0;
-    queue_push(p, rank_of(p, submission, state.n_steps), at, -1);
+    trace(p, TraceKind::kSeen, submission.request_id, int(after_ns & 0x7fffffff), int(after_ns >> 31));
+    ring_entry(p.gone, p.submission_capacity, state.submit_seen) = 0;
+    queue_push(p, rank_of(p, submission, state.n_steps), state.submit_seen, -1);
   }
-  team.sync();
-  if (team.thread() == 0) state.submit_seen = tail;
+}
+
+// Whether a request of the queue was preempted: its slot has what nobody else has.
+XL_FN bool ran_before(const Params& p, const QueueEntry& entry) {
+  return entry.slot >= 0 && p.slots[entry.slot].state == int(SlotState::kPreempted);
 }
 
 // Thread 0. Nothing in the rings is needed of this submission any more.
@@ -83,11 +90,12 @@ XL_FN void let_submission_go(const Params& p, uint64_t number) {
   }
 }
 
-// Thread 0. Ends a request of the queue, with or without a slot.
+// Thread 0. Ends a request of the queue.
 XL_FN void finish_queued(const Grid& grid, const Params& p, int page_size, int at, uint64_t now_ns, FinishReason reason) {
   const QueueEntry entry = p.heap[at];
   queue_remove(p, at);
-  if (entry.slot >= 0) return finish_slot(grid, p, page_size, entry.slot, now_ns, reason);
+  if (ran_before(p, entry)) return finish_slot(grid, p, page_size, entry.slot, now_ns, reason);
+  if (entry.slot >= 0) free_slot(p, entry.slot);
   const uint64_t id = ring_entry(p.queue, p.submission_capacity, entry.number).request_id;
   trace(p, TraceKind::kFinish, id, int(reason), 0);
   write_finished(p, id, now_ns, reason, 0);
@@ -145,22 +153,33 @@ XL_FN void end_late_requests(const Grid& grid, const Params& p, const HostWords&
     else
       ++i;
   }
-  for (int at = 0; at < state.n_queued;) {
-    if (late(queued_deadline(p, p.heap[at]))) {
-      finish_queued(grid, p, page_size, at, now_ns, FinishReason::kDeadline);
-      at = 0;  // the heap has been put in order anew
-    } else {
-      ++at;
-    }
+  for (int at = state.n_queued - 1; at >= 0;) {
+    if (at < state.n_queued && late(queued_deadline(p, p.heap[at])))
+      finish_queued(grid, p, page_size, at, now_ns, FinishReason::kDeadline);  // another may be here now
+    else
+      --at;
   }
   state.next_deadline_ns = next;
 }
 
-// Thread 0. The first in rank gets a slot for its tokens, or -1: there is none.
+// Thread 0. Takes its slot from the last in rank of those that wait and never ran; false: there is none.
+XL_FN bool revoke_slot(const Params& p) {
+  QueueEntry* last = nullptr;
+  for (int at = 0; at < p.state->n_queued; ++at) {
+    QueueEntry& entry = p.heap[at];
+    if (entry.slot >= 0 && !ran_before(p, entry) && (last == nullptr || goes_before(*last, entry))) last = &entry;
+  }
+  if (last == nullptr) return false;
+  free_slot(p, last->slot);
+  last->slot = -1;
+  return true;
+}
+
+// Thread 0. Gives a request of the queue a slot for its tokens, which stay in the ring until it is admitted; -1: those that run
+// or were preempted have them all.
 XL_FN int open_slot(const Params& p, QueueEntry& entry) {
-  int slot_id = 0;
-  while (slot_id < p.max_slots && p.slots[slot_id].state != int(SlotState::kFree)) ++slot_id;
-  if (slot_id == p.max_slots) return -1;
+  if (p.state->n_free_slots == 0 && !revoke_slot(p)) return -1;
+  const int slot_id = p.free_slots[--p.state->n_free_slots];
   const Submission& submission = ring_entry(p.queue, p.submission_capacity, entry.number);
   Slot& slot = p.slots[slot_id];
   slot = Slot{};
@@ -175,6 +194,7 @@ XL_FN int open_slot(const Params& p, QueueEntry& entry) {
   slot.ignore_eos = submission.ignore_eos;
   slot.n_stop_ids = submission.n_stop_ids;
   slot.share = submission.share && p.prefix_sharing;
+  slot.pin = slot.share && submission.pin;
   copy_sampling(slot, submission);
   slot.oracle_len = submission.oracle_len;
   return entry.slot = slot_id;
@@ -216,6 +236,50 @@ XL_FN void prepare_adjustments(Team& team, const Params& p, const Dims& d, int s
   for (int i = 0; i < slot.prompt_len; ++i) counts[tokens[i]] = kSeenInPrompt;
 }
 
+// The team gets all that is needed of a request before it is admitted.
+template <class Team, class Dims>
+XL_FN void fill_slot(Team& team, const Params& p, const Dims& d, int slot_id) {
+  copy_prompt(team, p, slot_id);
+  team.sync();
+  prepare_adjustments(team, p, d, slot_id);
+  const Slot& slot = p.slots[slot_id];
+  const int full = (slot.length - 1) / d.page_size;
+  if (team.thread() == 0 && slot.share && full > 0) page_hash(p, d.page_size, slot_id, full - 1);
+  team.sync();
+}
+
+// Thread 0. Gives a slot that nobody needs to the first in rank of those that have none; -1: either is missing.
+XL_FN int open_slot_ahead(const Params& p) {
+  QueueEntry* first = nullptr;
+  for (int at = 0; p.state->n_free_slots > 0 && at < p.state->n_queued; ++at) {
+    QueueEntry& entry = p.heap[at];
+    if (entry.slot < 0 && (first == nullptr || goes_before(entry, *first))) first = &entry;
+  }
+  return first ? open_slot(p, *first) : -1;
+}
+
+// The team, beside a step that runs: takes what has arrived, and fills the slot of one request that waits. It writes nothing that
+// phases or the commit of the step read, and changes no decision: control would do the same later, with the time of a step.
+template <class Team, class Dims>
+XL_FN void prepare_requests_at(Team& team, const Params& p, const Dims& d, uint64_t now_ns) {
+  LoopState& state = *p.state;
+  if (team.thread() == 0) {
+    begin_trace(p);
+    state.submit_tail = load_acquire_system(&p.mailbox->submit_tail);
+  }
+  team.sync();
+  take_submissions(team, p, now_ns);
+  if (team.thread() == 0) state.filled_slot = open_slot_ahead(p);
+  team.sync();
+  const int slot_id = state.filled_slot;
+  if (slot_id >= 0) fill_slot(team, p, d, slot_id);
+}
+
+template <class Team, class Dims>
+XL_FN void prepare_requests(Team& team, const Params& p, const Dims& d) {
+  prepare_requests_at(team, p, d, clock_ns());
+}
+
 // Pages that running requests still lack for the sequences with which they were admitted.
 XL_FN int owed_pages(const Params& p, int page_size) {
   int owed = 0;
@@ -240,6 +304,7 @@ XL_FN bool admit(const Grid& grid, const Params& p, int page_size, int slot_id, 
   if (slot.n_swapped > before) swap_in(grid, p, slot_id);
   release_swap(p, slot_id);
   const bool resumed = slot.state == int(SlotState::kPreempted);
+  if (!resumed) let_submission_go(p, slot.number);
   trace(p, TraceKind::kAdmit, slot.request_id, resumed, found.n_pages, slot.n_pages - before);
   if (resumed) --state.n_preempted;
   slot.state = int(slot.length > slot.prompt_len && slot.computed == slot.length - 1 ? SlotState::kDecode : SlotState::kPrefill);
@@ -282,14 +347,11 @@ XL_FN void stage_scheduler(Team& team, const Grid& grid, const Params& p, const 
     end_late_requests(grid, p, host, page_size, now_ns);
   }
   for (;;) {
-    if (team.thread() == 0) state.admitted_slot = admit_from_queue(grid, p, host, page_size, now_ns);
+    if (team.thread() == 0) state.filled_slot = admit_from_queue(grid, p, host, page_size, now_ns);
     team.sync();
-    const int slot_id = state.admitted_slot;
+    const int slot_id = state.filled_slot;
     if (slot_id < 0) break;
-    copy_prompt(team, p, slot_id);
-    prepare_adjustments(team, p, d, slot_id);
-    team.sync();
-    if (team.thread() == 0) let_submission_go(p, p.slots[slot_id].number);
+    fill_slot(team, p, d, slot_id);
   }
   if (team.thread() == 0 && state.submit_head != taken) {
     store_release_system(&p.mailbox->prompt_head, state.prompt_head);

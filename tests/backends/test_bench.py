@@ -42,6 +42,25 @@ def test_quick(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.heavy
+def test_batching(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its cases meet what they are named after, and the stream comes to its end over one launch."""
+    arguments = ["--batching", "--rounds", "1", "--requests", "500", "--cache", str(cache), "--outputs", str(tmp_path)]
+    assert bench.main(arguments) == 0
+    *lines, last = capfd.readouterr().out.strip().splitlines()
+    report = json.loads(last)
+    found = {(case["running"], case["what"]): case for case in report["cases"]}
+    rows = {key: case["rows_per_step"]["median"] for key, case in found.items()}
+    assert rows[1, "ample"] < 2 < rows[64, "ample"] < rows[64, "drafts"]
+    assert found[64, "pressure"]["preemptions"]["median"] > 0 == found[64, "ample"]["preemptions"]["median"]
+    assert found[64, "sharing"]["prefill_rows"]["median"] == found[64, "ample"]["prefill_rows"]["median"] == 64 * 16
+    assert all(0 < case["control_share"]["median"] < 1 for case in found.values())
+    tokens = {key: case["tokens_per_s"]["median"] for key, case in found.items()}
+    assert report["batching_gain"]["median"] == pytest.approx(tokens[64, "ample"] / tokens[1, "ample"], rel=1e-4)
+    assert (report["stream"]["requests"], report["stream"]["tokens"], report["stream"]["launches"]) == (500, 2000, 1)
+    assert len(lines) == 9
+
+
+@pytest.mark.heavy
 def test_startup(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--startup", "--rounds", "1", "--cache", str(cache), "--outputs", str(tmp_path)]) == 0
     *lines, last = capfd.readouterr().out.strip().splitlines()

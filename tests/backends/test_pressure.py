@@ -34,7 +34,7 @@ HEAVY = pytest.mark.heavy
 
 
 @pytest.mark.parametrize("pressure", [pytest.param(0.25, marks=HEAVY), 0.5, pytest.param(0.75, marks=HEAVY)])
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("preemption", ["recompute", pytest.param("swap", marks=HEAVY)])
 def test_the_text_does_not_depend_on_the_budget(tmp_path: Path, pressure: float, preemption: str) -> None:
     plain = [text for text in ARGS if not text.startswith("mode")]
     ample, free = serve(tmp_path / "ample", *plain, "mode=serial_decode", "workload=synthetic")

@@ -166,7 +166,14 @@ def test_the_page_compares_bytes_with_what_the_device_reads(suite: ModuleType) -
 
 
 def test_the_page_shows_what_was_measured_without_its_samples(suite: ModuleType) -> None:
-    variant = {"flight": True, "weight_layout": "rows", "itl_us.p50": 900.0, "itl_us.p99": 950.0, "gaps_us": [987.5]}
+    variant = {
+        "flight": True,
+        "weight_layout": "rows",
+        "planner": "team",
+        "itl_us.p50": 900.0,
+        "itl_us.p99": 950.0,
+        "gaps_us": [987.5],
+    }
     rates = {"weights_gb_per_s": 2700.0, "upload_gb_per_s": 44.0}
     speed = {"model": "m", "prompt_len": 8, "output_len": 2, "runs": [{**variant, **rates}]}
     link = {"state": "ok", "name": "device 0: link", "value": "55.0 GB/s from page-locked host memory"}
@@ -176,7 +183,7 @@ def test_the_page_shows_what_was_measured_without_its_samples(suite: ModuleType)
         {"machine": ABOUT, "jobs": {n: {"exit_code": 0, "seconds": 1, "result": found} for n, found in jobs.items()}}
     )
     assert "driver 580.1 (CUDA 13.0)" in page
-    assert "| on | rows | 900.0 | 950.0 | 2700.0 | 44.0 | 80% |" in page
+    assert "| on | rows | team | 900.0 | 950.0 | 2700.0 | 44.0 | 80% |" in page
     assert "- device memory beside the loop: free, s: not in time" in page
     assert "987.5" not in page
 

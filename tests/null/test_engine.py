@@ -10,7 +10,7 @@ import pytest
 from fake_backend import FakeBackend, right_token
 from fake_run import CONFIG, load_model
 
-from xlpk import engine, metrics
+from xlpk import answers, engine, event_writer, metrics
 from xlpk.errors import BackendError, InputError
 from xlpk.kv import KV, KVPlan
 from xlpk.settings import CpuBackend, ModelChoice, NoTracking, Run, Scheduler, Settings
@@ -55,7 +55,7 @@ class Bench:
             self.backends.append(FakeBackend(spec, acceptance, **script))
             return self.backends[-1]
 
-        with engine.EventLog(self.path) as log:
+        with event_writer.EventLog(self.path) as log:
             engine.serve(chosen, MODEL, PLAN, wanted, make, log, self.outcome)
         return self.events()
 
@@ -65,7 +65,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    engine._ANSWERS.clear()
+    answers.ANSWERS.clear()
     return Bench(tmp_path)
 
 
@@ -156,8 +156,8 @@ def test_interrupt_leaves_the_log_and_closes_the_backend(bench: Bench) -> None:
 
 
 def test_the_log_is_on_disk_before_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FLUSH_S", 0.01)
-    with engine.EventLog(tmp_path / "events.jsonl") as log:
+    monkeypatch.setattr(event_writer, "FLUSH_S", 0.01)
+    with event_writer.EventLog(tmp_path / "events.jsonl") as log:
         log.add("token", n=1)
         time.sleep(0.02)
         log.tick()

@@ -11,7 +11,7 @@ from fake_backend import FakeBackend
 from test_engine import MODEL, PLAN, settings
 from test_metrics import LOG, MS
 
-from xlpk import engine, metrics, record, report
+from xlpk import answers, engine, event_writer, metrics, record, report
 from xlpk.errors import InputError
 from xlpk.slo import Slo
 from xlpk.speculation import Oracle
@@ -118,7 +118,7 @@ def test_objectives_are_finite_times(value: float) -> None:
 def test_intended_arrivals_are_kept_while_the_ring_is_full(tmp_path: Path) -> None:
     """Queueing is in ttft, which counts from the intended arrival, and not in send_ttft."""
     wanted = [Request(i, (1, 2, 3), 4, arrival_s=0.0, priority=i % 2, deadline_ms=9.0 * (i % 3)) for i in range(40)]
-    with engine.EventLog(tmp_path / "events.jsonl") as log:
+    with event_writer.EventLog(tmp_path / "events.jsonl") as log:
         engine.serve(
             settings(warmup_steps=0), MODEL, PLAN, wanted, lambda *_: FakeBackend(ring_size=1), log, engine.Outcome()
         )
@@ -139,7 +139,7 @@ def test_intended_arrivals_are_kept_while_the_ring_is_full(tmp_path: Path) -> No
 
 
 def test_answers_of_the_oracle_are_shared_by_rates_and_made_without_deadlines(tmp_path: Path) -> None:
-    engine._ANSWERS.clear()
+    answers.ANSWERS.clear()
     backends: list[FakeBackend] = []
 
     def make(_: Any, spec: Any, acceptance: Any) -> FakeBackend:
@@ -148,7 +148,7 @@ def test_answers_of_the_oracle_are_shared_by_rates_and_made_without_deadlines(tm
 
     for rate in (100, 400):
         wanted = [Request(i, (1, 2, 3), 4, seed=i, arrival_s=i / rate, priority=i, deadline_ms=5) for i in range(3)]
-        with engine.EventLog(tmp_path / "events.jsonl") as log:
+        with event_writer.EventLog(tmp_path / "events.jsonl") as log:
             engine.serve(settings(Oracle()), MODEL, PLAN, wanted, make, log, engine.Outcome())
     serial, *drafted = backends
     assert len(drafted) == 2

@@ -16,14 +16,15 @@ ROOT = Path(xlpk.__file__).parent
 LEVELS = {
     0: "errors layout units dtypes jsonfile process models kernels",
     1: "model hf_config generation rope weights hash_weights safetensors_file text kv speculation workload slo "
-    "event_log metrics statistics reference sampling divergence",
-    2: "settings backend toolchain stopping",
+    "event_log trace trace_events trace_decisions metrics waterfall costs fit hardware statistics reference sampling "
+    "divergence",
+    2: "settings backend clock simulator toolchain stopping",
     3: "backends",
-    4: "engine quality tracking report record sweep_table sweep_folder progress terminal interrupts "
-    "mlflow_fields rundata compare thresholds acceptance"
+    4: "engine event_writer answers quality tracking report record sweep_table sweep_folder progress terminal "
+    "interrupts mlflow_fields trace_file side_by_side rundata compare thresholds acceptance"
     " plots report_figures report_sections report_page",
     5: "config launchers run point sweep isolate cli conf doctor bench bench_child bench_report bench_startup "
-    "bench_control ui completion config_reference",
+    "bench_control bench_batching prediction calibrate soak capacity ui completion config_reference",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 ONLY_IN = {  # library -> modules that may import it

@@ -4,7 +4,8 @@
 
 A scenario is ORCHESTRATION-PROPOSER, ORCHESTRATION-chaos: cancellations and a stop in mid-flight, persistent-quiet: the
 host submits and does nothing else until the work must be done, persistent-lease: the loop leaves and is entered again,
-or ORCHESTRATION-pressure and -swap: all but the first request, with pages for some of them only.
+ORCHESTRATION-pressure and -swap: all but the first request, with pages for some of them only, or ORCHESTRATION-storm:
+the same three times over by priority, some cancelled or late, until a stop; ids modulo WAVE are those of `requests`.
 ANSWERS: the right texts by request id, once known.
 OUT: `outputs` by scenario and request id, [reason, tokens, (drafts, accepted) of each verification], the reason of a
 request that the stop cut off being "", and `causes` by scenario: counts. The step always has room for all drafts.
@@ -17,6 +18,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,17 @@ SPECS = {
     "lease": Ngram(block=4),
     "pressure": NoSpec(),
     "swap": Ngram(block=4),
+    "storm": NoSpec(),
 }
 TIGHT = {  # the KV group where there are too few pages
     "pressure": KV(budget="12pages", page_size=4, eviction="slru"),
     "swap": KV(budget="12pages", page_size=4, preemption="swap", swap_space="12pages"),
+    "storm": KV(budget="12pages", page_size=4, preemption="swap", swap_space="8pages", eviction="slru"),
 }
+CUT = ("chaos", "storm")  # stopped before the last two have ended
+WAVE = 100
+TRACED = ("oracle", "lease")
+PLANNED = ("swap", "lease", "storm")  # a team of its own takes what arrives beside the steps, where there is a loop
 MAX_LEN = 320
 VOCAB = 131
 
@@ -68,6 +76,20 @@ def requests(answers: dict[str, list[int]]) -> list[Request]:
             Request(i, tuple(prompt), n, temperature=0.8 * (i % 2), seed=i, ignore_eos=True, oracle=oracle, **options)
         )
     return out
+
+
+def waves(batch: list[Request]) -> list[Request]:
+    """Three times each, of three priorities; in the second wave some are late before they can be done."""
+    return [
+        replace(
+            request,
+            request_id=request.request_id + WAVE * wave,
+            priority=(request.request_id + wave) % 3,
+            deadline_ms=0.5 if wave == 1 and request.request_id % 3 == 2 else 0.0,
+        )
+        for wave in range(3)
+        for request in batch
+    ]
 
 
 def small_tables() -> None:
@@ -98,15 +120,22 @@ def serve(
         max_num_seqs=3,
         max_step_rows=24,
         prefill_chunk=10,
+        policy="priority" if kind == "storm" else "fcfs",
+        ageing_steps=8,
         spec=SPECS[kind],
         spin_deadline_s=120.0,
         lease_s=0.02 if kind == "lease" else 0.0,
+        planner="team" if kind in PLANNED and orchestration == "persistent" else "auto",
+        trace=kind in TRACED,
+        spans=256 if kind in TRACED else 0,  # rings that wrap around
     )
     tight = TIGHT.get(kind)
     kv = tight or KV(budget="60pages", page_size=16)
     backend.open(model, KVPlan.make(kv, model.config, model.weights.dtype, MAX_LEN))
     batch = requests(answers)[1 if tight else 0 :]
-    causes = {"preempted": 0, "cached": 0, "moved": 0}
+    if kind == "storm":
+        batch = waves(batch)
+    causes = {"preempted": 0, "cached": 0, "moved": 0, "evicted": 0}
     tokens: dict[int, list[int]] = {request.request_id: [] for request in batch}
     verified: dict[int, list[tuple[int, int]]] = {request.request_id: [] for request in batch}
     reasons: dict[int, str] = dict.fromkeys(tokens, "")
@@ -122,7 +151,7 @@ def serve(
                     if backend.submit(request):
                         break
                 time.sleep(0.002)
-            if kind == "chaos" and request.request_id % 2:
+            if (kind == "chaos" and request.request_id % 2) or (kind == "storm" and request.request_id % 5 == 3):
                 with lock:
                     backend.cancel(request.request_id)
 
@@ -138,6 +167,7 @@ def serve(
                 causes["cached"] += event.n_cached
             elif isinstance(event, StepDone):
                 causes["moved"] += event.values["n_moves"]
+                causes["evicted"] += event.values["n_evictions"]
             elif isinstance(event, Finished):
                 assert not reasons[event.request_id]
                 reasons[event.request_id] = event.reason
@@ -149,7 +179,7 @@ def serve(
     for thread in threads if kind != "quiet" else []:
         thread.start()
     try:
-        enough = len(batch) - 2 if kind == "chaos" else len(batch)
+        enough = len(batch) - 2 if kind in CUT else len(batch)
         while sum(map(bool, reasons.values())) < enough:
             assert time.monotonic() < give_up, "too slow"
             note(backend.poll())
@@ -160,6 +190,7 @@ def serve(
             thread.join()
         report = backend.close()
     assert kind != "lease" or report.launches > 2
+    assert (backend.spans()[1] > 0) == (kind in TRACED)
     return {i: [reasons[i], tokens[i], verified[i]] for i in tokens}, causes
 
 

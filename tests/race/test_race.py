@@ -12,13 +12,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from race.driver import SPECS, TIGHT, requests
+from race.driver import CUT, SPECS, TIGHT, WAVE, requests, waves
 
 from xlpk.speculation import Ngram, Oracle, Proposer
 from xlpk.toolchain import Build, build_cpu_library, find_cxx, kernels_folder
@@ -40,6 +41,7 @@ SANITIZERS = {  # name -> (flags, runtime to preload, options)
 KINDS = ("none", "ngram", "oracle", "chaos")
 SCENARIOS = [f"{orchestration}-{kind}" for orchestration in ("persistent", "launched") for kind in KINDS]
 SCENARIOS += ["persistent-lease", "persistent-pressure", "launched-swap", "persistent-swap"]
+SCENARIOS += ["persistent-storm", "launched-storm"]
 
 
 def environment(sanitizer: str) -> dict[str, str]:
@@ -117,13 +119,14 @@ def mistakes(run: Run, answers: Path) -> list[str]:
     wrong = []
     for scenario, outputs in run.outputs.items():
         kind = scenario.split("-")[1]
-        for request in requests({})[1 if kind in TIGHT else 0 :]:
+        batch = requests({})[1 if kind in TIGHT else 0 :]
+        for request in waves(batch) if kind == "storm" else batch:
             reason, tokens, verified = outputs[str(request.request_id)]
-            text = texts[str(request.request_id)]
+            text = texts[str(request.request_id % WAVE)]
             where = f"{scenario} request {request.request_id} ({reason})"
             if tokens != (text if reason == "length" else text[: len(tokens)]):
                 wrong.append(f"{where}: {tokens} instead of {text}")
-            if reason != "length" and kind != "chaos":
+            if reason != "length" and kind not in CUT:
                 wrong.append(f"{where} instead of length")
             expected = expected_verifications(SPECS[kind], request, text)
             if reason == "length" and verified != expected:
@@ -144,7 +147,7 @@ def test_no_report_and_the_same_tokens(
     build = build_cpu_library(cache, extra_flags=(*RACE, *SANITIZERS[sanitizer][0]))
     halves = SCENARIOS[: len(SCENARIOS) // 2], SCENARIOS[len(SCENARIOS) // 2 :]
     runs = pool.map(lambda part: drive(build, model_path, tmp_path / part[0], answers, part, env), halves)
-    preempted = 0  # in all scenarios: whether requests meet in one of them is a matter of time
+    causes: Counter[str] = Counter()  # of all scenarios: whether requests meet in one of them is a matter of time
     for run, scenarios in zip(runs, halves, strict=True):
         assert run.returncode == 0, run.report[-6000:]
         assert run.report == ""
@@ -156,12 +159,13 @@ def test_no_report_and_the_same_tokens(
             if scenario.endswith(("ngram", "oracle", "lease")):
                 verified = [pair for _, _, pairs in outputs.values() for pair in pairs]
                 assert any(accepted > 0 for _, accepted in verified)
-            causes = run.causes[scenario]
-            assert not causes["moved"] or scenario.endswith("swap")
-            preempted += causes["preempted"]
+            assert not run.causes[scenario]["moved"] or scenario.endswith(("swap", "storm"))
+            causes.update(run.causes[scenario])
+            causes.update(reason or "stopped" for reason, *_ in outputs.values())
             if scenario.endswith("oracle"):
                 assert any(accepted < drafts for drafts, accepted in verified)
-    assert preempted > 0
+    wanted = ("preempted", "moved", "evicted", "cached", "length", "cancelled", "deadline", "stopped")
+    assert [name for name in wanted if not causes[name]] == []
 
 
 # ---------------------------------------------------------------------------------------------- planted faults
@@ -234,6 +238,18 @@ FAULTS = {
     "leases: a launch begins without a census": Fault(
         "persistent.h", "  if (!grid.census(team, p.census_ns)) return;\n", "", "persistent-lease"
     ),
+    "planner: control does not wait for it": Fault(
+        "persistent.h",
+        "    if (grid.team == 0 && p.planner) {\n      if (!await",
+        "    if (false) {\n      if (!await",
+        "persistent-swap",
+    ),
+    "planner: checks in relaxed": Fault(
+        "sync.h",
+        "add_release(&grid.state->check_ins, 1)",
+        "__atomic_fetch_add(&grid.state->check_ins, uint64_t(1), __ATOMIC_RELAXED)",
+        "persistent-swap",
+    ),
     "leases: barriers start anew": Fault(
         "sync.h", "load_acquire(&p.grid->arrivals) / uint64_t(teams)", "0 * uint64_t(teams)", "persistent-lease"
     ),
@@ -259,8 +275,8 @@ FAULTS = {
         "XL_FN int team_max(Team& team, int value) {\n",
         "persistent-ngram",
     ),
-    "scheduler: the ring moves on before the prompt is copied": Fault(
-        "stages/scheduler.h", "d, slot_id);\n    team.sync();\n    if", "d, slot_id);\n    if"
+    "scheduler: a prompt is hashed before it is copied": Fault(
+        "stages/scheduler.h", "  copy_prompt(team, p, slot_id);\n  team.sync();\n", "  copy_prompt(team, p, slot_id);\n"
     ),
     "launched: the shared word is rewritten while it is read": Fault(
         "cpu.cpp", "  team.sync();  // the shared word may still be read\n", "", "launched-none"

@@ -94,6 +94,8 @@ class Audit:
                 parent = int(pages["content"][page])
             assert s["content"] == parent
             assert not pages["content"][table[s["n_addressable"] :]].any()
+        refs += pages["pinned"]
+        assert pages["pinned"].sum() == state["n_pinned_pages"]
         np.testing.assert_array_equal(pages["refs"], refs)
         free = self.memory("free_pages")[: state["n_free_pages"]]
         assert len(set(free.tolist())) == free.size
@@ -121,6 +123,24 @@ class Audit:
             assert (s["state"] in (PREFILL, DECODE)) == (slot in busy)
         keys = [(int(entry["rank"]), int(entry["number"])) for entry in heap]
         assert all(keys[(at - 1) // 2] < keys[at] for at in range(1, len(keys)))
+        assert state["n_preempted"] == sum(map(self.is_preempted, parked))
+        self.check_swap(running)
+
+    def check_swap(self, running: list[tuple[int, Any]]) -> None:
+        """A place of the swap space is free, or has a page of one preempted request. Copies that were ordered and not
+        carried out yet are on their way back to pages of running requests."""
+        state, slots = self.memory("state"), self.memory("slots")
+        places = self.memory("swap_free")[: state["n_free_swap"]].tolist()
+        for slot, s in enumerate(slots):
+            if s["state"] and s["n_swapped"]:
+                assert s["state"] == PREEMPTED
+                assert self.pages_for(int(s["swapped_tokens"])) == s["n_swapped"]
+                places += self.memory("swap_table")[slot, : s["n_swapped"]].tolist()
+        assert sorted(places) == list(range(self.memory("swap_free").size))
+        tables = {slot: self.memory("page_table")[slot, : s["n_pages"]].tolist() for slot, s in running}
+        for move in self.memory("moves")[: state["n_moves"]]:
+            assert not move["out"]
+            assert move["page"] in tables[int(move["slot"])]
 
     def in_buckets(self) -> set[int]:
         """Pages that a hash leads to, each from its own bucket."""
@@ -188,6 +208,11 @@ class Audit:
         prefilling = [(slot, s) for slot, s in running if s["state"] == PREFILL]
         assert len(decoding) + len(prefilling) == len(running)
         spare = max(0, limits.max_step_rows - len(decoding) - sum(self.chunk(s) for _, s in prefilling))
+        draft_rows = int(self.memory("state")["draft_rows"])
+        # Drafts are counted before pages are: who is preempted then leaves rows that nobody takes.
+        preempted = int(self.memory("record")["n_preemptions"]) > 0
+        assert draft_rows <= spare if preempted else draft_rows == spare
+        spare = draft_rows
         rows: list[tuple[int, int, int, bool]] = []  # slot, position, token, sampled
         drafts_of: dict[int, list[int]] = {}
         pages_draft = context = recomputed = 0
@@ -241,6 +266,7 @@ class Audit:
             set(self.memory("page_table")[slot, : s["n_pages"]].tolist()) for slot, s in running if not s["row_count"]
         ]
         locked |= {page for page in set().union(*idle) if refs[page] > 1}
+        locked |= set(np.flatnonzero(self.memory("pages")["pinned"]).tolist())
         waiting = int(self.memory("mailbox")["submit_tail"] - state["submit_seen"])
         never = [
             entry for entry in self.memory("heap")[: state["n_queued"]] if not self.is_preempted(int(entry["slot"]))
@@ -263,6 +289,7 @@ class Audit:
             "pages_draft": pages_draft,
             "pages_active": int((refs > 0).sum()) - pages_draft,
             "pages_locked": len(locked),
+            "pages_pinned": int(self.memory("pages")["pinned"].sum()),
             "context_tokens": context,
         }
         self.n_steps += 1
@@ -312,7 +339,8 @@ class Audit:
             assert {name: event.values[name] for name in planned.record} == planned.record
             assert event.values["n_tokens"] == n_tokens[event.step]
             assert event.values["n_accepted"] == n_accepted[event.step]
-            over = [id for (step, id), reason in ended.items() if step == event.step and reason != "cancelled"]
+            early = ("cancelled", "deadline")  # not by the step
+            over = [id for (step, id), reason in ended.items() if step == event.step and reason not in early]
             assert event.values["n_finished"] == len(over)
             live = [count for id, count in stored[event.step].items() if id not in over]
             if not self.backend._plan.prefix_sharing:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from kinds import CACHE
 
 from xlpk.backends.memory import Limits
 from xlpk.backends.play import play
-from xlpk.layout import Policy
+from xlpk.layout import Policy, TraceKind
 from xlpk.speculation import Ngram, NoSpec
 from xlpk.toolchain import kernels_folder
 
@@ -35,6 +36,7 @@ RULES = {
     "private_one_in": 8,
     "away_one_in": 3,
     "priorities": 3,
+    "arrivals_beside": 1,
     "recount_every": 20,
 }
 
@@ -44,7 +46,7 @@ def scene(seed: int, **rules: int) -> dict[str, Any]:
     policy = list(Policy)[seed % 3]
     return play(
         CACHE,
-        {**RULES, "seed": seed, **rules},
+        {**RULES, "seed": seed, "prepares": seed // 2 % 2, "pins": seed % 4 // 3, **rules},
         Limits(max_num_seqs=8, max_step_rows=48, prefill_chunk=24, max_waiting=64, policy=policy, ageing_steps=32),
         pages=(36, 48, 90, 400)[seed // 3 % 4],
         page_size=(8, 16, 4)[seed // 2 % 3],
@@ -70,6 +72,39 @@ def test_play(seed: int) -> None:
         assert 0 < result["accepted"] < result["drafts"]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_prepared_beside_a_step_changes_no_decision(seed: int) -> None:
+    """The same requests arrive while steps run, taken beside them or by control: the same decisions, entry by entry."""
+    traces = []
+    for prepares in (0, 1):
+        played = play(
+            CACHE,
+            {**RULES, "seed": seed, "max_requests": 600, "arrivals_per_step": 0, "deadline_one_in": 0}
+            | {"prepares": prepares, "arrivals_beside": 1 + seed % 3, "pins": seed % 2, "recount_every": 50},
+            Limits(5, 40, 24, 64, list(Policy)[seed % 3], 32),
+            pages=(40, 60)[seed % 2],
+            page_size=8,
+            max_len=256,
+            eviction=("lru", "slru", "fifo")[seed % 3],
+            swap_pages=(0, 60)[seed // 2 % 2],
+            spec=Ngram(block=4),
+            trace=True,
+        )
+        assert played.result["fault"] == "none", played.result
+        assert played.result["preemptions"] > 0
+        entries = played.entries
+        seen = entries["kind"] == TraceKind.SEEN
+        assert seen.sum() == 600
+        before = entries["kind"][np.maximum.accumulate(np.where(seen, -1, np.arange(len(entries))))]  # what is no SEEN
+        beside = np.count_nonzero(seen & (before == TraceKind.STEP))
+        assert beside > 500 if prepares else beside == 0
+        traces.append(entries[~seen])
+    one, two = traces
+    assert one.shape == two.shape
+    for field in ("kind", "value", "a", "b", "c"):
+        assert (one[field] == two[field]).all(), field
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(100, 124))
 def test_long_play(seed: int) -> None:
@@ -79,10 +114,11 @@ def test_long_play(seed: int) -> None:
 
 
 def test_the_same_seed_plays_the_same() -> None:
-    """Without deadlines, which are times: every count is the same."""
-    one, two = (scene(3, deadline_one_in=0) for _ in range(2))
+    """Its clock is virtual: deadlines end the same requests, and every count is the same."""
+    one, two = (scene(3, deadline_one_in=4) for _ in range(2))
     del one["control_ns"], two["control_ns"]
     assert one == two
+    assert one["late"] > 100
 
 
 PAGES, KV, QUEUE, SCHEDULER = "stages/pages.h", "stages/kv.h", "stages/queue.h", "stages/scheduler.h"
@@ -177,8 +213,8 @@ BUGS = (
     Bug(
         "a shared page is freed by the first who leaves",
         PAGES,
-        "if (--entry.refs > 0) return;",
-        "if (--entry.refs > 1) return;",
+        "  if (entry.refs > 0) return;\n",
+        "  if (entry.refs > 1) return;\n",
     ),
     Bug(
         "a page is published before it is full",
@@ -286,6 +322,36 @@ BUGS = (
         "",
     ),
     Bug(
+        "a page is pinned by every request that shares it",
+        PAGES,
+        "  if (entry.pinned) return;\n",
+        "",
+    ),
+    Bug(
+        "a pin holds no reference",
+        PAGES,
+        "  entry.pinned = 1;\n  ++entry.refs;\n",
+        "  entry.pinned = 1;\n",
+    ),
+    Bug(
+        "pinned pages count as held by tables",
+        KV,
+        "held + state.n_pinned_pages != state.n_refs",
+        "held != state.n_refs",
+    ),
+    Bug(
+        "a preempted request's slot is taken for another",
+        SCHEDULER,
+        "entry.slot >= 0 && !ran_before(p, entry) && (last",
+        "entry.slot >= 0 && (last",
+    ),
+    Bug(
+        "a prompt goes when it has a slot, which may be taken from it",
+        SCHEDULER,
+        "  return entry.slot = slot_id;\n",
+        "  let_submission_go(p, entry.number);\n  return entry.slot = slot_id;\n",
+    ),
+    Bug(
         "moves are carried out twice",
         CONTROL,
         "  state.n_moves = 0;\n",
@@ -313,7 +379,8 @@ def first_fault(folder: Path, cache: Path, seeds: int = 24) -> str:
     for seed in range(seeds):
         result = play(
             cache,
-            {**RULES, "seed": seed, "max_requests": 1500, "recount_every": 5},
+            {**RULES, "seed": seed, "max_requests": 1500, "recount_every": 5}
+            | {"prepares": seed % 2, "pins": 2 * (seed % 4 == 1)},
             Limits(8, 48, 24, 64, list(Policy)[seed % 3], 32),
             pages=(36, 48, 90)[seed // 3 % 3],
             page_size=8,

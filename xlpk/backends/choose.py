@@ -15,6 +15,7 @@ from xlpk.settings import (
     HfBackend,
     LaunchedBackend,
     PersistentBackend,
+    SimulatedBackend,
 )
 from xlpk.toolchain import find_nvcc
 
@@ -70,5 +71,9 @@ def make(backend: AnyBackend, **options: Any) -> Backend:
             from xlpk.backends.hf import HfBackend as Hf
 
             return Hf(backend, **options)
+        case SimulatedBackend():
+            from xlpk.backends.simulated import SimulatedBackend as Simulated
+
+            return Simulated(backend, **options)
         case _:
             return make(resolve(backend, options["cache"])[0], **options)

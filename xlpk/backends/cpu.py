@@ -46,13 +46,16 @@ class CpuBackend(Submitter):
             raise InputError("backend.orchestration", orchestration, "one of persistent, launched")
         self.orchestration = orchestration
         self.threads = threads or usable_cores()
+        # A loop's own thread would cost a core that computes; the host's thread has nothing else to do meanwhile.
+        self._planner_team = self.planner == "team" and orchestration == "persistent"
+        self._beside = orchestration == "launched" and self.planner != "inline"
         self._spin_deadline_s, self._lease_s = spin_deadline_s, lease_s
         self._debug_logits = debug_logits
         self._memory: HostMemory | None = None
 
     def open(self, model: Model, plan: KVPlan) -> None:
         dll = self.library.dll
-        teams = self.threads
+        teams = self.threads + self._planner_team
         try:
             memory = host_memory(
                 model,
@@ -69,6 +72,7 @@ class CpuBackend(Submitter):
         except MemoryError:
             size = format_bytes(plan.total_bytes)
             raise InputError("kv.budget", size, "what this machine can allocate beside the model's buffers") from None
+        memory.params["planner"] = self._planner_team
         self._memory = memory
         self._attach(model, plan, memory.params, memory.dims, memory["mailbox"])
         self._phases = layout.phase_sequence(model.config.num_hidden_layers)
@@ -92,6 +96,7 @@ class CpuBackend(Submitter):
                 "device": "cpu",
                 "threads": str(teams * dll.xl_threads_per_team()),
                 "orchestration": self.orchestration,
+                "planner": "team" if self._planner_team else "host" if self._beside else "inline",
                 "compiler": build.compiler,
                 "flags": build.flags,
                 "library": build.path.name,
@@ -127,6 +132,8 @@ class CpuBackend(Submitter):
             if phase not in left_out:
                 dll.xl_launch(session, phase, layer)
                 report.launches += 1
+        if self._beside:
+            dll.xl_prepare(self._params, self._dims)
         dll.xl_synchronize(session)
         report.syncs += 1
 
@@ -148,7 +155,9 @@ class CpuBackend(Submitter):
             self.library.dll.xl_close(self._session)
             self._session = None
             self._report.syncs += 1
-            if self.orchestration == "persistent":
-                assert self._memory is not None
+            assert self._memory is not None
+            resident = self.orchestration == "persistent"
+            self._take_last(self._memory["spans"], self._memory["span_counts"], resident=resident)
+            if resident:
                 self._report.launches = max(1, int(self._memory["state"]["n_launches"][0]))
         return self._report

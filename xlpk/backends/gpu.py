@@ -139,6 +139,14 @@ class GpuBackend(Submitter):
         self.device.read(out, self._memory.device["logits"])
         return out
 
+    def _read_back(self, name: str) -> np.ndarray[Any, Any]:
+        """The device's copy of a buffer."""
+        assert self._memory is not None
+        out = np.zeros(*self._memory.shapes[name])
+        if out.size:
+            self.device.read(out, self._memory.device[name])
+        return out
+
     def power_samples(self) -> list[Sample]:
         """What the power meter saw of the session, in order; complete once it is closed."""
         return list(self._power.samples) if self._power is not None else []

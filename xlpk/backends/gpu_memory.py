@@ -141,7 +141,8 @@ class Session:
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """The table of buffers, the flight recorder among them."""
-        table = dict(buffer_table(self.model.config, self.plan, self.limits, warps=WARPS, logits=self.logits))
+        config, limits = self.model.config, self.limits
+        table = buffer_table(config, self.plan, limits, warps=WARPS, logits=self.logits, teams=self.teams)
         return table | {"flight": ((self.teams, layout.FLIGHT_ENTRIES), layout.FLIGHT_ENTRY.dtype)}
 
     def memory(
@@ -206,6 +207,8 @@ _PLANNER = (
     "gone",
     "heap",
     "order",
+    "free_slots",
+    "page_hashes",
     "tokens",
     "oracle",
     "free_pages",
@@ -216,7 +219,7 @@ _PLANNER = (
     "swap_table",
 )
 _HOST_ONLY = (*RINGS, "grid", "record", *_PLANNER)
-_BOTH = ("page_table", "counts", "bias", "moves", "state")  # the host's own copy, and the device's
+_BOTH = ("page_table", "counts", "bias", "moves", "state", "spans", "span_counts")  # the host's own, and the device's
 
 
 @dataclass

@@ -53,6 +53,7 @@ class LaunchedBackend(GpuBackend):
     def _start(self) -> None:
         memory, library = self._memory, self.library
         assert memory is not None
+        self._report.details["planner"] = "inline" if self.planner == "inline" else "host"
         slots, vocab = self.limits.slots, self._model.config.vocab_size
         self._report.clock_error_ns = library.clock_error_ns()
         self._patch = self._function("xl_apply_patches"), self._arguments()
@@ -97,6 +98,8 @@ class LaunchedBackend(GpuBackend):
             return
         shape = self._prepare()
         self._run_shape(shape)
+        if self.planner != "inline":
+            self.library.dll.xl_prepare(self._params, self._dims)
         self.device.synchronize(self._hang_s)
         self._take_times()
 
@@ -176,10 +179,15 @@ class LaunchedBackend(GpuBackend):
         before[:] = now
 
     def _stop(self) -> bool:
-        assert self._memory is not None
-        self._free_pages = unheld_pages(self._memory["state"])
+        memory = self._memory
+        assert memory is not None
+        self._free_pages = unheld_pages(memory["state"])
         ended = self.device.wait(STOP_S)
         self._report.syncs += 1
+        if ended:
+            rings, counts = (self._read_back(name) for name in ("spans", "span_counts"))
+            rings[0], counts[0] = memory["spans"][0], memory["span_counts"][0]  # control's, which the host ran
+            self._take_last(rings, counts, resident=False)
         self._forget_mirrors()
         return ended
 

@@ -48,6 +48,7 @@ class CpuLibrary:
             "xl_heartbeat": (pointer, [pointer, u64]),
             "xl_heartbeat_end": (None, [pointer]),
             "xl_control": (i32, [pointer, pointer]),
+            "xl_prepare": (None, [pointer, pointer]),
             "xl_collect_patches": (i32, [*[pointer] * 8, i32]),
             "xl_launch": (None, [pointer, i32, i32]),
             "xl_synchronize": (i32, [pointer]),

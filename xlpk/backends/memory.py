@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from xlpk import layout
+from xlpk.backends.spans import span_table
 from xlpk.kv import EVICTIONS, KVPlan
 from xlpk.model import Model, ModelConfig
 from xlpk.speculation import Acceptance, Forced, Ngram, Oracle, Proposer
@@ -35,6 +36,7 @@ class Limits:
     policy: layout.Policy = layout.Policy.FCFS
     ageing_steps: int = 64
     trace: int = 0  # entries of the decision trace that are kept until the host takes them, a power of two; 0: off
+    spans: int = 0  # phase spans that are kept, the last of each team; 0: off
 
     @property
     def slots(self) -> int:
@@ -47,9 +49,9 @@ def power_of_two_at_least(count: int) -> int:
 
 
 def buffer_table(
-    config: ModelConfig, plan: KVPlan, limits: Limits, *, warps: int, logits: bool
+    config: ModelConfig, plan: KVPlan, limits: Limits, *, warps: int, logits: bool, teams: int = 1
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """name -> (shape, dtype) of every buffer but weights. `warps`: of one team, for scratch."""
+    """name -> (shape, dtype) of every buffer but weights. `warps`: of one team, for scratch. `teams`: for spans."""
     rows, slots, max_len = limits.max_step_rows, limits.slots, plan.max_len
     heads, head_dim = config.num_attention_heads, config.head_dim
     spans = -(-max_len // layout.ATTENTION_SPAN)
@@ -95,6 +97,8 @@ def buffer_table(
         "tokens": ((slots, max_len), i32),
         "oracle": ((slots, max_len), i32),
         "page_table": ((slots, plan.pages_for(max_len)), i32),
+        "free_slots": ((slots,), i32),
+        "page_hashes": ((slots, plan.pages_for(max_len)), np.uint64),
         "free_pages": ((plan.pages,), i32),
         "pages": ((plan.pages,), layout.PAGE.dtype),
         "page_tokens": ((plan.pages, plan.page_size), i32),
@@ -103,6 +107,7 @@ def buffer_table(
         "swap_table": ((slots, plan.pages_for(max_len)) if plan.swap_pages else (0,), i32),
         "moves": ((plan.pages + plan.swap_pages if plan.swap_pages else 0,), layout.MOVE.dtype),
         "buckets": ((power_of_two_at_least(2 * plan.pages),), i32),
+        **span_table(teams, limits.spans),
         "patches": ((8 * limits.max_num_seqs + 2 * rows + slots,), layout.PATCH.dtype),
     }
 
@@ -120,7 +125,7 @@ RINGS = (
 
 
 # What `start_values` sets; all else starts at zero.
-STARTED = ("free_pages", "buckets", "pages", "swap_free", "state")
+STARTED = ("free_slots", "free_pages", "buckets", "pages", "swap_free", "state")
 
 
 def start_values(buffers: Mapping[str, np.ndarray[Any, Any]], plan: KVPlan) -> None:
@@ -131,6 +136,9 @@ def start_values(buffers: Mapping[str, np.ndarray[Any, Any]], plan: KVPlan) -> N
         buffers["pages"][name] = -1
     state = buffers["state"]
     state["n_free_pages"] = plan.pages
+    slots = buffers["free_slots"].size
+    buffers["free_slots"][:] = np.arange(slots - 1, -1, -1)
+    state["n_free_slots"] = slots
     buffers["swap_free"][:] = np.arange(plan.swap_pages - 1, -1, -1)
     state["n_free_swap"] = plan.swap_pages
     state["oldest"] = state["newest"] = -1
@@ -199,6 +207,7 @@ def session_values(
         "event_capacity": shapes["events"][0][0],
         "step_capacity": shapes["step_records"][0][0],
         "trace_capacity": limits.trace,
+        "span_capacity": shapes["spans"][0][1],
         "prefill_chunk": limits.prefill_chunk,
         "block": spec.block,
         "proposer": spec.code,
@@ -261,7 +270,7 @@ def host_memory(
 ) -> HostMemory:
     """Allocates a CPU session and fills its Params."""
     config = model.config
-    shapes = buffer_table(config, plan, limits, warps=warps, logits=logits)
+    shapes = buffer_table(config, plan, limits, warps=warps, logits=logits, teams=teams)
     buffers = {name: aligned_zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
     floats = scratch_floats(config, limits, warps=warps)
     buffers["scratch"] = aligned_zeros((teams, floats), np.float32)

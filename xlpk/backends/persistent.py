@@ -22,6 +22,7 @@ from xlpk.backends.upload import DeviceWeights
 from xlpk.backends.watchdog import FLIGHT_FILE, Watchdog, where
 from xlpk.errors import BackendError, HangError
 
+PLANNER_TEAMS = 64  # from so many on, one that only plans is 1.6 % of them at most
 KERNEL = "xl_persistent_megakernel"
 QUERY_S = 0.005  # between looks at the stream, which tell a kernel that died
 PING_NS = 20_000_000  # for one answer: a launch that was leaving does not answer, the next one does
@@ -64,6 +65,9 @@ class PersistentBackend(GpuBackend):
         memory, self._region = resident_memory(self.device, session, weights)
         if not self._flight:
             memory.params["flight"] = 0
+        own_team = self.planner == "team" or (self.planner == "auto" and self.teams >= PLANNER_TEAMS)
+        memory.params["planner"] = own_team
+        self._report.details["planner"] = "team" if own_team else "inline"
         return memory
 
     def _start(self) -> None:
@@ -208,6 +212,7 @@ class PersistentBackend(GpuBackend):
         state = np.zeros(1, layout.LOOP_STATE.dtype)
         self.device.read(state, self._memory.device["state"])
         self._free_pages = unheld_pages(state)
+        self._take_last(self._read_back("spans"), self._read_back("span_counts"), resident=True)
         return True
 
     def close(self) -> Any:

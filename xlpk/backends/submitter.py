@@ -19,11 +19,13 @@ from xlpk import layout
 from xlpk.backend import Admitted, BackendReport, Event, Finished, Preempted, Resumed, StepDone, Token
 from xlpk.backends.library import CpuLibrary
 from xlpk.backends.memory import Limits
+from xlpk.backends.spans import read_spans
 from xlpk.errors import BackendError, InputError
 from xlpk.kv import KVPlan
 from xlpk.model import Model
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Proposer
 from xlpk.toolchain import build_cpu_library
+from xlpk.trace import SPAN
 from xlpk.workload import Request
 from xlpk.workload.base import MAX_DEADLINE_MS
 
@@ -52,10 +54,13 @@ class Submitter:
         spec: Proposer | None = None,
         acceptance: Acceptance | None = None,
         library: CpuLibrary | None = None,
+        planner: str = "auto",
         trace: bool = False,
+        spans: int = 0,
     ) -> None:
-        """`cache`: folder of finished builds. `library`: the compiled kernels; else built at first use. `trace`: keep
-        what the control plane decides (see `decisions`)."""
+        """`cache`: folder of finished builds. `library`: the compiled kernels; else built at first use. `planner`: who
+        takes arrivals beside a step: `team`, one of its own; `inline`: nobody; auto: the backend chooses. `trace`: keep
+        what the control plane decides (see `decisions`). `spans`: keep so many phase spans (see `spans`)."""
         self._report = BackendReport()
         self.spec: Proposer = spec or NoSpec()
         self.acceptance: Acceptance = acceptance or Keyed()
@@ -66,8 +71,19 @@ class Submitter:
         if not 1 <= self.spec.block <= min(layout.MAX_BLOCK, max_step_rows):
             raise InputError("spec.block", self.spec.block, f"1 to {min(layout.MAX_BLOCK, max_step_rows)}")
         self.limits = Limits(
-            max_num_seqs, max_step_rows, prefill_chunk, max_waiting, layout.Policy[policy.upper()], ageing_steps, TRACE_ENTRIES if trace else 0
+            max_num_seqs,
+            max_step_rows,
+            prefill_chunk,
+            max_waiting,
+            layout.Policy[policy.upper()],
+            ageing_steps,
+            trace=TRACE_ENTRIES if trace else 0,
+            spans=spans,
         )
+        self.planner = planner
+        self._decisions: list[np.ndarray[Any, Any]] = []
+        self.lost_decisions = 0  # that found no room, since the host did not poll often enough
+        self._spans: tuple[np.ndarray[Any, Any], int] = np.zeros(0, SPAN), 0
         self._cache = cache
         self._library = library
         self._writing = threading.Lock()  # a ring has one writer at a time
@@ -100,12 +116,15 @@ class Submitter:
         self._logprobs = np.zeros(_BATCH, layout.LOGPROBS.dtype)
         self._steps = np.zeros(_BATCH, layout.STEP_RECORD.dtype)
         self._entries = np.zeros(_BATCH, layout.TRACE_ENTRY.dtype)
-        self._decisions: list[np.ndarray[Any, Any]] = []
-        self.lost_decisions = 0  # that found no room, since the host did not poll often enough
+        self._decisions, self.lost_decisions = [], 0
 
     def decisions(self) -> np.ndarray[Any, Any]:
         """What the control plane decided, as far as `poll` took it: TRACE_ENTRY in order, but for `lost_decisions`."""
         return np.concatenate([np.zeros(0, layout.TRACE_ENTRY.dtype), *self._decisions])
+
+    def spans(self) -> tuple[np.ndarray[Any, Any], int]:
+        """Of a closed session: when teams ran their shares of phases, trace.SPAN; how many were overwritten."""
+        return self._spans
 
     def check(self, request: Request) -> None:
         """Raises InputError for a request that this session can never run."""
@@ -181,6 +200,13 @@ class Submitter:
                 self._decisions.append(self._entries[:count].copy())
         self.lost_decisions = int(self._mailbox["trace_lost"][0])
 
+    def _take_last(self, rings: np.ndarray[Any, Any], counts: np.ndarray[Any, Any], *, resident: bool) -> None:
+        """What is to be traced of a session that has just ended. The arrays: as of `spans.read_spans`."""
+        if self.limits.trace:
+            self._take_decisions()
+        if self.limits.spans:
+            self._spans = read_spans(rings, counts, resident=resident)
+
     def _aborted(self) -> bool:
         return bool(self.library.dll.xl_aborted(self._params))
 
@@ -223,8 +249,9 @@ def check_request(request: Request, model: Model, plan: KVPlan) -> None:
     if len(request.oracle) > plan.max_len:
         raise InputError(f"{where}: oracle", len(request.oracle), f"at most {plan.max_len} tokens")
     pages = plan.pages_for(len(request.prompt) + request.max_new_tokens)
-    if pages > plan.pages:
-        raise InputError("kv.budget", f"{plan.pages} pages", f"{where} needs {pages} pages of {plan.page_size} tokens")
+    if pages > (plan.pages if request.pin else plan.usable_pages):
+        needs = f"{where} needs {pages} pages of {plan.page_size} tokens"
+        raise InputError("kv.budget", f"{plan.usable_pages} pages", needs)
 
 
 def _submission(request: Request) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -240,7 +267,7 @@ def _submission(request: Request) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
     record["temperature"] = request.temperature
     for name in ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         record[name] = getattr(request, name)
-    record["priority"], record["share"] = request.priority, request.share_prefix
+    record["priority"], record["share"], record["pin"] = request.priority, request.share_prefix, request.pin
     record["deadline_ns"] = round(request.deadline_ms * 1e6)
     record["n_logprobs"] = -1 if request.logprobs is None else request.logprobs
     record["n_bias"], record["n_target"] = len(request.logit_bias), len(request.target)

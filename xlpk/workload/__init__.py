@@ -5,6 +5,7 @@ requests of it. What the text means is the tokenizer's affair; when to send is t
 """
 
 from xlpk.workload.base import MAX_REQUESTS, MAX_TOKENS, Arriving, Stream, Workload
+from xlpk.workload.pinned import pinned_requests
 from xlpk.workload.prompts import Prompts, Synthetic, is_text
 from xlpk.workload.request import Request, make_requests
 from xlpk.workload.sampling import Sampling, biases, check_sampling
@@ -38,4 +39,5 @@ __all__ = [
     "check_sampling",
     "is_text",
     "make_requests",
+    "pinned_requests",
 ]

@@ -155,7 +155,7 @@ class Vocabulary:
 
 def capacity(plan: KVPlan) -> int:
     """Tokens of prompt and output that one request can have at most."""
-    return min(plan.max_len, plan.pages * plan.page_size)
+    return min(plan.max_len, plan.usable_pages * plan.page_size)
 
 
 def opened(path: Path, allowed: str) -> BinaryIO:

@@ -44,6 +44,7 @@ class Request:
     priority: int = 0  # lower is served first, as in vLLM
     deadline_ms: float = 0.0  # after `arrival_s`; 0: none
     share_prefix: bool = True  # it may use pages of others, and leave its own to them
+    pin: bool = False  # the full pages of its prompt stay on the device for good
 
     def untimed(self) -> Request:
         """The same work without what decides when it is done: arrival, priority, deadline."""
@@ -91,7 +92,7 @@ def _capped_note(stream: Stream, max_new_tokens: int, capped: list[int], plan: K
     key = "output lengths" if stream.output_lens is not None else f"sampling.max_new_tokens={max_new_tokens}"
     return (
         f"{key}: capped to {min(capped)} for {len(capped)} of {len(stream.prompts)} "
-        f"requests, which is what {plan.max_len} positions and {plan.pages} KV pages leave"
+        f"requests, which is what {plan.max_len} positions and {plan.usable_pages} KV pages leave"
     )
 
 
@@ -144,10 +145,10 @@ def _room(prompt: Sequence[int], plan: KVPlan, named: str) -> int:
     if len(prompt) >= plan.max_len:
         raise InputError(named, f"{len(prompt)} tokens", f"fewer than the {plan.max_len} positions of model.max_len")
     needed = plan.pages_for(len(prompt) + 1)
-    if needed > plan.pages:
+    if needed > plan.usable_pages:
         raise InputError(
             named,
             f"{len(prompt)} tokens",
-            f"it needs {needed} KV pages and kv.budget has {plan.pages}, of {plan.page_size} tokens each",
+            f"it needs {needed} KV pages and kv.budget has {plan.usable_pages}, of {plan.page_size} tokens each",
         )
     return capacity(plan) - len(prompt)

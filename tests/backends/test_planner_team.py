@@ -1,0 +1,98 @@
+"""Who takes arrivals beside a step, a team of its own, the host's thread or nobody, changes no token."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import kinds
+import numpy as np
+import pytest
+
+from tests.stages.sessions import Log
+from xlpk import layout
+from xlpk.kv import KV, KVPlan
+from xlpk.model import Model
+from xlpk.workload import Request
+
+PRESSED = KV(budget="14pages", preemption="swap", swap_space="40pages")
+AMPLE = KV(budget="4096pages")
+
+
+def requests() -> list[Request]:
+    rng = np.random.default_rng(3)
+    prefix = rng.integers(1, 250, 40).tolist()
+    out = []
+    for i in range(24):
+        prompt = [*prefix[: 40 * (i % 3 > 0)], *rng.integers(1, 250, rng.integers(3, 50)).tolist()]
+        bias = ((7, 1.5), (9, -2.0)) if i % 5 == 0 else ()
+        penalty = 1.1 if i % 4 == 0 else 1.0
+        out.append(
+            Request(
+                i,
+                tuple(prompt),
+                6 + i % 9,
+                temperature=0.7 * (i % 2),
+                seed=i,
+                ignore_eos=True,
+                priority=i % 3,
+                repetition_penalty=penalty,
+                logit_bias=bias,
+            )
+        )
+    return out
+
+
+def texts(model: Model, kv: KV, planner: str, **options: object) -> tuple[Log, int]:
+    """What came of the requests, which another thread submits meanwhile, and how many were taken beside a step."""
+    log = Log()
+    backend = kinds.make(threads=3, planner=planner, max_num_seqs=5, policy="priority", trace=True, **options)
+    try:
+        backend.open(model, KVPlan.make(kv, model.config, model.weights.dtype, 256))
+
+        def submit() -> None:
+            for request in requests():
+                while not backend.submit(request):
+                    time.sleep(0.0002)
+                time.sleep(0.0007)
+
+        thread = threading.Thread(target=submit)
+        thread.start()
+        give_up = time.monotonic() + 60
+        while log.n_finished < 24:
+            log.add(backend.poll())
+            assert time.monotonic() < give_up
+        thread.join()
+    finally:
+        backend.close()
+    entries = backend.decisions()
+    assert backend.lost_decisions == 0
+    seen = entries[entries["kind"] == layout.TraceKind.SEEN]
+    assert len(seen) == 24
+    return log, int(np.count_nonzero(seen["a"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv", "options"),
+    [
+        ("cpu", AMPLE, {}),
+        ("cpu", PRESSED, {}),
+        ("cpu", PRESSED, {"lease_s": 0.004}),
+        ("cpu", PRESSED, {"orchestration": "launched"}),
+        pytest.param("persistent", PRESSED, {"lease_s": 0.05}, marks=pytest.mark.heavy),
+        pytest.param("launched", PRESSED, {}, marks=pytest.mark.heavy),
+        pytest.param("graph", PRESSED, {}, marks=pytest.mark.heavy),
+    ],
+)
+def test_no_token_changes(tiny: Model, kind: str, kv: KV, options: dict[str, object]) -> None:
+    by_host = kind in ("launched", "graph") or "orchestration" in options
+    with kinds.on(kind):
+        plain, none = texts(tiny, kv, "inline", **options)
+        for _ in range(8):  # when a request arrives is a matter of time
+            beside, some = texts(tiny, kv, "auto" if by_host else "team", **options)
+            assert beside.tokens == plain.tokens
+            assert bool(beside.preempted) == (kv is PRESSED)
+            if some:
+                break
+    assert none == 0
+    assert some > 0, "nothing arrived while a step ran"
