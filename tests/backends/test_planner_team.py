@@ -75,9 +75,9 @@ def texts(model: Model, kv: KV, planner: str, **options: object) -> tuple[Log, i
 @pytest.mark.parametrize(
     ("kind", "kv", "options"),
     [
-        ("cpu", AMPLE, {}),
+        pytest.param("cpu", AMPLE, {}, marks=pytest.mark.heavy),
         ("cpu", PRESSED, {}),
-        ("cpu", PRESSED, {"lease_s": 0.004}),
+        pytest.param("cpu", PRESSED, {"lease_s": 0.004}, marks=pytest.mark.heavy),
         ("cpu", PRESSED, {"orchestration": "launched"}),
         pytest.param("persistent", PRESSED, {"lease_s": 0.05}, marks=pytest.mark.heavy),
         pytest.param("launched", PRESSED, {}, marks=pytest.mark.heavy),

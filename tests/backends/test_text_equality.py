@@ -45,7 +45,7 @@ MODES: dict[str, list[str]] = {
     **PRESSURES,
     "kv_pressure-0.5-drafts": ["mode=kv_pressure", "spec=ngram", "kv.eviction=slru"],
 }
-QUICK = {("poisson", "kv_pressure-0.5-swap"), ("shared_prefix", "kv_pressure-0.5-drafts"), ("trace", "serial_decode")}
+QUICK = {("poisson", "kv_pressure-0.5-swap")}
 CASES = [
     pytest.param("cpu", workload, mode, marks=() if (workload, mode) in QUICK else pytest.mark.heavy)
     for workload in WORKLOADS

@@ -271,7 +271,8 @@ BUGS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", [BUGS[0], *(pytest.param(bug, marks=pytest.mark.heavy) for bug in BUGS[1:])])
+@pytest.mark.heavy
+@pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_seen(bug: tuple[str, str, str], tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     shutil.copytree(kernels_folder(), folder, ignore=shutil.ignore_patterns("__pycache__"))
