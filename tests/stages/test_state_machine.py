@@ -262,7 +262,7 @@ def fault_of(bug: Bug, tmp_path: Path, seeds: int = 4) -> str:
     return ""
 
 
-# Slots are taken from those that wait when there are more of them than slots, which few rules come to; the plays find it.
+# A slot is taken from another only when more wait than there are slots, which few rules come to; the plays find it.
 CROWDED = "a preempted request's slot is taken for another"
 
 
