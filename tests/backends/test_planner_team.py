@@ -31,7 +31,7 @@ def requests() -> list[Request]:
             Request(
                 i,
                 tuple(prompt),
-                6 + i % 9,
+                20 + i % 9,
                 temperature=0.7 * (i % 2),
                 seed=i,
                 ignore_eos=True,
@@ -54,7 +54,7 @@ def texts(model: Model, kv: KV, planner: str, **options: object) -> tuple[Log, i
             for request in requests():
                 while not backend.submit(request):
                     time.sleep(0.0002)
-                time.sleep(0.0007)
+                time.sleep(0.0001)  # several arrive in a step
 
         thread = threading.Thread(target=submit)
         thread.start()
