@@ -17,7 +17,7 @@ import numpy as np
 from xlpk import layout
 from xlpk.errors import InputError, shown
 
-KNOTS = tuple(1 << i for i in range(12))  # rows: 1, 2, 4, ... 2048
+KNOTS = tuple(1 << i for i in range(layout.COST_KNOTS))  # rows: 1, 2, 4, ... 2048
 FILE_VERSION = 1
 _NONE = (0.0,) * len(KNOTS)
 _MAX_NS = 1e15  # eleven days: a larger figure is a broken file

@@ -580,8 +580,8 @@ STEP_COSTS = Record(
     "What a step costs on a virtual clock, in nanoseconds; xlpk/costs.py has the formula.",
     (
         ("fixed_ns", "f64", "a step"),
-        ("row_ns", "f64[12]", "all rows, at 1, 2, 4, ... rows"),
-        ("sample_ns", "f64[12]", "all sampled rows, likewise"),
+        ("row_ns", f"f64[{COST_KNOTS}]", "all rows, at 1, 2, 4, ... rows"),
+        ("sample_ns", f"f64[{COST_KNOTS}]", "all sampled rows, likewise"),
         ("context_ns", "f64", "a token of context_tokens"),
         ("attended_ns", "f64", "a token of attended_tokens"),
         ("move_ns", "f64", "a page that is moved"),
@@ -1102,6 +1102,16 @@ def render() -> str:
         out.append(f"  static constexpr {_SCALARS[kind][1]} {name} = XL_{name.upper()};")
     out += ["};", "#endif", "", "}  // namespace xl"]
     return "\n".join(out) + "\n"
+
+
+def power_of_two_at_least(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def ring_capacities(max_waiting: int, max_len: int) -> tuple[int, int]:
+    """(submissions, prompt tokens) that the rings of a session hold."""
+    submissions = power_of_two_at_least(max_waiting)
+    return submissions, power_of_two_at_least(max(4 * max_len + 4 * MAX_BIAS, 64 * submissions))
 
 
 def phase_sequence(num_hidden_layers: int) -> list[tuple[int, int]]:

@@ -1,8 +1,8 @@
 // queue: who waits, in a binary heap by (rank, number); the smallest goes first. Ranks do not change while a request waits:
 // ageing is in them. Under Policy::kPriority a rank is the step of arrival plus ageing_steps times the priority, so a request
 // that has waited ageing_steps longer goes before one of the next better priority, and nobody is overtaken by requests that
-// arrive later than ageing_steps times the difference of their priorities. Under kShortestPrompt, kTokensPerLevel prompt tokens count as one
-// level. Under kFcfs all ranks are equal and the number of the submission decides.
+// arrive later than ageing_steps times the difference of their priorities. Under kShortestPrompt, kTokensPerLevel prompt tokens
+// count as one level. Under kFcfs all ranks are equal and the number of the submission decides.
 #pragma once
 
 #include "ring.h"

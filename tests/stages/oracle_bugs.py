@@ -19,9 +19,7 @@ class Bug:
 
 
 PYTHON_BUGS = (
-    Bug(
-        "a watermark too many", "scheduler.py", "spare = self.rules.n_pages // _WATERMARK", "spare = 1 + 0 * _WATERMARK"
-    ),
+    Bug("a watermark too many", "scheduler.py", "spare = self.rules.n_pages // WATERMARK", "spare = 1 + 0 * WATERMARK"),
     Bug("a slot too many", "scheduler.py", "self._n_preempted == self.rules.max_slots", "self._n_preempted == -1"),
     Bug("owed pages are given away", "scheduler.py", " - n_cached - owed - spare", " - n_cached - spare"),
     Bug(

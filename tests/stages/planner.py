@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,31 +27,15 @@ from xlpk.backends.memory import (
     session_values,
     start_values,
 )
+from xlpk.backends.play import MODEL
 from xlpk.backends.submitter import _event, _step, _submission
 from xlpk.kv import KVPlan
-from xlpk.model import ModelConfig
 from xlpk.speculation import Keyed, NoSpec, Oracle, Proposer
 from xlpk.toolchain import build_shared
 from xlpk.workload import Request
 
 VOCAB = 64
-_MODEL = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_position_embeddings=4096,
-    tie_word_embeddings=True,
-    dtype="bfloat16",
-    bos_token_id=None,
-    eos_token_ids=(),
-)
+_MODEL = replace(MODEL, vocab_size=VOCAB, max_position_embeddings=4096)
 
 
 def build(cache: Path, folder: Path | None = None) -> ctypes.CDLL:

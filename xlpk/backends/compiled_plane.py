@@ -22,7 +22,6 @@ from xlpk.backends.memory import (
     aligned_zeros,
     buffer_table,
     dims_record,
-    power_of_two_at_least,
     session_values,
     start_values,
 )
@@ -30,7 +29,7 @@ from xlpk.backends.play import MODEL
 from xlpk.backends.simulate import FORWARD_ONLY
 from xlpk.errors import BackendError, InputError
 from xlpk.kv import KVPlan
-from xlpk.layout import EventKind, FinishReason
+from xlpk.layout import EventKind, FinishReason, power_of_two_at_least
 from xlpk.simulator.outcomes import Outcomes
 from xlpk.simulator.rules import Rules, SimRequest
 from xlpk.simulator.sequence import Sequence

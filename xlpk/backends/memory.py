@@ -15,6 +15,7 @@ import numpy as np
 from xlpk import layout
 from xlpk.backends.spans import span_table
 from xlpk.kv import EVICTIONS, KVPlan
+from xlpk.layout import power_of_two_at_least
 from xlpk.model import Model, ModelConfig
 from xlpk.speculation import Acceptance, Forced, Ngram, Oracle, Proposer
 
@@ -44,10 +45,6 @@ class Limits:
         return 2 * self.max_num_seqs
 
 
-def power_of_two_at_least(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
 def buffer_table(
     config: ModelConfig, plan: KVPlan, limits: Limits, *, warps: int, logits: bool, teams: int = 1
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -56,8 +53,7 @@ def buffer_table(
     heads, head_dim = config.num_attention_heads, config.head_dim
     spans = -(-max_len // layout.ATTENTION_SPAN)
     f32, i32 = np.float32, np.int32
-    submissions = power_of_two_at_least(limits.max_waiting)
-    prompts = power_of_two_at_least(max(4 * max_len + 4 * layout.MAX_BIAS, 64 * submissions))
+    submissions, prompts = layout.ring_capacities(limits.max_waiting, max_len)
     events = power_of_two_at_least(max(16384, 8 * slots * (layout.MAX_BLOCK + 3)))
     return {
         "kv": ((plan.total_bytes,), np.uint8),

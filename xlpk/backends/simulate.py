@@ -22,7 +22,6 @@ from xlpk.backends.memory import (
     aligned_zeros,
     buffer_table,
     dims_record,
-    power_of_two_at_least,
     session_values,
     start_values,
 )
@@ -199,7 +198,7 @@ def simulate(
     if acceptance_rate is not None:  # real drafts take no room in the ring
         prompt_room = shapes["prompts"][0][0]
         n_drafts = shapes["submissions"][0][0] * int(workload.table["max_new_tokens"].max())
-        shapes |= {"prompts": ((power_of_two_at_least(prompt_room + n_drafts),), shapes["prompts"][1])}
+        shapes |= {"prompts": ((layout.power_of_two_at_least(prompt_room + n_drafts),), shapes["prompts"][1])}
     values = session_values(model, plan, limits, spec, acceptance or Keyed(), shapes)
     shapes |= {name: ((0,), shapes[name][1]) for name in FORWARD_ONLY}
     params = np.zeros(instances, layout.PARAMS.dtype)

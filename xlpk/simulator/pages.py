@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from xlpk.layout import CONSTANTS, Eviction, TraceKind
+from xlpk.layout import PROTECTED_SHARE, Eviction, TraceKind
 from xlpk.simulator.trace import Trace
-
-_PROTECTED_SHARE = CONSTANTS["kProtectedShare"][0]
 
 Key = tuple[int, tuple[int, ...]]  # content of the page before it (0: it is the first), its tokens
 
@@ -47,7 +45,7 @@ class PagePool:
         self.n_contents = 0
         self._found: dict[Key, int] = {}
         # Oldest first. LRU and SLRU list cached pages by when they were let go, FIFO addressable ones by when they
-        # became so. SLRU's second list has those that were found, up to all pages but one in _PROTECTED_SHARE.
+        # became so. SLRU's second list has those that were found, up to all pages but one in PROTECTED_SHARE.
         self._lists: tuple[OrderedDict[int, None], OrderedDict[int, None]] = (OrderedDict(), OrderedDict())
         self._eviction = eviction
         self._trace = trace
@@ -155,7 +153,7 @@ class PagePool:
             probation[page] = None
             return
         protected[page] = None
-        if len(protected) > len(self.pages) - len(self.pages) // _PROTECTED_SHARE:
+        if len(protected) > len(self.pages) - len(self.pages) // PROTECTED_SHARE:
             demoted, _ = protected.popitem(last=False)
             probation[demoted] = None
             if self._trace:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from xlpk.kv import EVICTIONS, KVPlan
-from xlpk.layout import MAX_BIAS, MAX_BLOCK, Eviction, Policy
+from xlpk.layout import MAX_BLOCK, Eviction, Policy, ring_capacities
 from xlpk.speculation import Acceptance, Proposer
 from xlpk.workload import Request
 
@@ -68,7 +68,7 @@ class Rules:
         vocab_size: int,
     ) -> Rules:
         """The rules of a session that xlpk.backends.memory would lay out for the same arguments."""
-        submissions = _power_of_two_at_least(limits.max_waiting)
+        submissions, prompts = ring_capacities(limits.max_waiting, plan.max_len)
         return Rules(
             max_running=limits.max_num_seqs,
             max_slots=limits.slots,
@@ -86,12 +86,8 @@ class Rules:
             eos_ids=frozenset(eos_ids),
             vocab_size=vocab_size,
             submission_capacity=submissions,
-            prompt_capacity=_power_of_two_at_least(max(4 * plan.max_len + 4 * MAX_BIAS, 64 * submissions)),
+            prompt_capacity=prompts,
         )
-
-
-def _power_of_two_at_least(count: int) -> int:
-    return 1 << (count - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections import deque
 
 from xlpk import layout
 from xlpk.backend import Admitted, Finished, Preempted, Resumed, Token
-from xlpk.layout import TraceKind
+from xlpk.layout import WATERMARK, TraceKind
 from xlpk.simulator.kv import KV
 from xlpk.simulator.rules import Rules, SimRequest
 from xlpk.simulator.sequence import DECODE, ENDED, PREEMPTED, PREFILL, Sequence
@@ -18,7 +18,6 @@ from xlpk.simulator.step import StepPlan
 from xlpk.simulator.trace import Trace
 from xlpk.simulator.waiting import Waiting, rank_of
 
-_WATERMARK = layout.CONSTANTS["kWatermark"][0]
 _REASONS = {int(reason): reason.name.lower() for reason in layout.FinishReason}
 CANCELLED, DEADLINE = int(layout.FinishReason.CANCELLED), int(layout.FinishReason.DEADLINE)
 SEEN, CANCEL, FINISH, ADMIT = map(int, (TraceKind.SEEN, TraceKind.CANCEL, TraceKind.FINISH, TraceKind.ADMIT))
@@ -163,7 +162,7 @@ class Scheduler:
         n_cached = sum(pool.pages[page].refs == 0 for page in found)
         # Pages that running requests still lack for the sequences with which they were admitted.
         owed = sum(max(kv.pages_for(len(other.tokens)) - len(other.table), 0) for other in self.order)
-        spare = self.rules.n_pages // _WATERMARK if self.order else 0
+        spare = self.rules.n_pages // WATERMARK if self.order else 0
         if kv.pages_for(len(sequence.tokens)) - len(found) > pool.n_unheld - n_cached - owed - spare:
             return False
         kv.hold_shared(sequence, found)

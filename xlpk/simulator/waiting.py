@@ -9,11 +9,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from xlpk.layout import CONSTANTS, Policy
+from xlpk.layout import TOKENS_PER_LEVEL, Policy
 from xlpk.simulator.rules import Rules, SimRequest
 from xlpk.simulator.sequence import Sequence
-
-_TOKENS_PER_LEVEL = CONSTANTS["kTokensPerLevel"][0]
 
 
 def rank_of(rules: Rules, request: SimRequest, n_steps: int) -> int:
@@ -21,7 +19,7 @@ def rank_of(rules: Rules, request: SimRequest, n_steps: int) -> int:
     if rules.policy is Policy.PRIORITY:
         return n_steps + rules.ageing_steps * request.priority
     if rules.policy is Policy.SHORTEST_PROMPT:
-        return n_steps + rules.ageing_steps * (len(request.prompt) // _TOKENS_PER_LEVEL)
+        return n_steps + rules.ageing_steps * (len(request.prompt) // TOKENS_PER_LEVEL)
     return 0
 
 
