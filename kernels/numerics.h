@@ -40,18 +40,25 @@ XL_FN float log1p_tail(float f) {
   return p * (f * f) * f;
 }
 
-// log(1 + f) in the same range: full relative accuracy near 0.
-XL_FN float log1p_near_zero(float f) { return f + fma_(-0.5f * f, f, log1p_tail(f)); }
+// log((1 + f) * 2^n), f in the same range; for n = 0 full relative accuracy near 0.
+XL_FN float log_of_parts(float f, float n) {
+  const float rest = fma_(-0.5f * f, f, fma_(n, -2.12194440e-4f, log1p_tail(f)));
+  return fma_(n, 0.693359375f, f + rest);
+}
+
+// f and n of a normal x > 0.
+XL_FN float parts_of(float x, float* n) {
+  const uint32_t bits = to_bits(x);
+  const int e = int(bits - 0x3f3504f3u) >> 23;  // x / 2^e in [sqrt(1/2), sqrt(2))
+  *n = float(e);
+  return from_bits(bits - (uint32_t(e) << 23)) - 1.0f;
+}
 
 // log(x) for normal x > 0, about 1 ulp.
 XL_FN float log_(float x) {
-  const uint32_t bits = to_bits(x);
-  const int e = int(bits - 0x3f3504f3u) >> 23;  // x / 2^e in [sqrt(1/2), sqrt(2))
-  const float f = from_bits(bits - (uint32_t(e) << 23)) - 1.0f;
-  const float n = float(e);
-  float rest = fma_(n, -2.12194440e-4f, log1p_tail(f));
-  rest = fma_(-0.5f * f, f, rest);
-  return fma_(n, 0.693359375f, f + rest);
+  float n;
+  const float f = parts_of(x, &n);
+  return log_of_parts(f, n);
 }
 
 // Sine and cosine of position * frequency, about 1/2 ulp of 1: the angle and its reduction in double, with what the product

@@ -43,10 +43,11 @@ double between_knots(const double (&knots)[kCostKnots], int rows) {
   return knots[low] + (knots[low + 1] - knots[low]) * ((double(rows) - begin) / begin);
 }
 
-uint64_t step_ns(const StepCosts& costs, const StepRecord& step) {
+uint64_t step_ns(const StepCosts& costs, const StepRecord& step, int n_filter_rows) {
   double ns = costs.fixed_ns;
   ns += between_knots(costs.row_ns, step.n_rows);
   ns += between_knots(costs.sample_ns, step.n_sample_rows);
+  ns += between_knots(costs.filter_ns, n_filter_rows);
   ns += costs.context_ns * double(step.context_tokens);
   ns += costs.attended_ns * double(step.attended_tokens);
   ns += costs.move_ns * double(step.n_moves);
@@ -57,9 +58,33 @@ uint64_t step_ns(const StepCosts& costs, const StepRecord& step) {
 
 uint64_t whole_ns(double ns) { return uint64_t(std::floor(ns + 0.5)); }
 
+// The team of a loop whose drafts follow a law: the oracle's answer for an output place is the draft there, and ~draft where a
+// verification that begins there finds none. phase_control_at finds its stage_draft by the team's type.
+struct LawTeam : HostTeam {
+  using HostTeam::HostTeam;
+};
+
+void stage_draft(LawTeam& team, const Params& p, const Dims& d, int rows) {
+  HostTeam& host = team;
+  if (Proposer(p.proposer) != Proposer::kOracle) return xl::stage_draft(host, p, d, rows);
+  for (int i = 0; i < p.state->n_order; ++i) {
+    Slot& slot = p.slots[p.order[i]];
+    const int32_t* answers = p.oracle + size_t(p.order[i]) * size_t(p.max_len);
+    const int output_index = slot.length - slot.prompt_len;
+    if (output_index < slot.oracle_len && answers[output_index] < 0) slot.oracle_len = -slot.oracle_len;
+  }
+  xl::stage_draft(host, p, d, rows);
+  for (int i = 0; i < p.state->n_order; ++i) {
+    Slot& slot = p.slots[p.order[i]];
+    if (slot.oracle_len < 0) slot.oracle_len = -slot.oracle_len;
+    for (int j = 0; j < slot.n_drafts; ++j)
+      if (slot.drafts[j] < 0) slot.drafts[j] = ~slot.drafts[j];
+  }
+}
+
 struct Instance {
   const Params& p;
-  HostTeam team;
+  LawTeam team;
   Grid grid;
   std::deque<uint64_t> inbox;   // requests on their way or held back by a full ring, by arrival
   uint64_t round_ns = 0;        // of the last round
@@ -160,12 +185,15 @@ struct Fleet {
 
   int output_token(uint64_t index, int place) const { return of_request(index).token(uint64_t(place), d.vocab_size); }
 
-  // What the oracle drafts there: the token, or another one.
+  // What the oracle drafts there, as LawTeam reads it: the token, or another one.
   int draft_token(uint64_t index, int place) const {
     const Draws law = {of_request(index).key ^ (2 * 0xd1342543de82ef95u)};
     const bool holds = double(law.at(uint64_t(place))) * 0x1p-64 < rules.acceptance_rate;
     const int token = output_token(index, place);
-    return holds ? token : (token + 1) % d.vocab_size;
+    const int draft = holds ? token : (token + 1) % d.vocab_size;
+    if (rules.hit_rate == 1.0) return draft;
+    const Draws finds = {of_request(index).key ^ 0xd1342543de82ef95u};
+    return double(finds.at(uint64_t(place))) * 0x1p-64 < rules.hit_rate ? draft : ~draft;
   }
 
   int prompt_token(const SimulatedRequest& request, uint64_t index, int i) const {
@@ -202,6 +230,10 @@ struct Fleet {
     s.n_logprobs = -1;
     s.top_p = s.repetition_penalty = 1.0f;
     s.share = request.share;
+    if (request.filtered) {  // any filter will do: nothing is filtered, its rows are counted
+      s.temperature = 1.0f;
+      s.top_k = 1;
+    }
     s.priority = request.priority;
     if (request.deadline_ns > 0) {
       // It counts from the arrival, the loop's from when it sees the request; the host subtracts what it held it back itself.
@@ -302,7 +334,7 @@ struct Fleet {
     if (p.grid->abort) return fail(id, int(p.grid->abort));
     if (p.step->n_rows > 0) {
       forward(p);
-      const uint64_t ns = std::max<uint64_t>(1, step_ns(costs, *p.record));
+      const uint64_t ns = std::max<uint64_t>(1, step_ns(costs, *p.record, p.step->n_filter_rows));
       totals.busy_ns += ns;
       schedule(id, now_ns + ns);
     } else if (!one.inbox.empty() && visible_ns(one.inbox.front()) > now_ns) {
@@ -353,7 +385,36 @@ void xl_round(const Params* params, const xl::Dims* dims, uint64_t now_ns) {
   phase_control_at(one.team, one.grid, one.p, *dims, now_ns);
 }
 
+// A request that another loop has prefilled: it waits as one that was preempted behind `tokens` [n_tokens], prompt and first output,
+// and finds K and V of all but the last in places of the swap space from `place` on. `submission`: its deadline is a time of this
+// clock. `answers`: [oracle_len]. A slot is free.
+void xl_adopt(const Params* params, const xl::Dims* dims, const Submission* submission, const int32_t* tokens, int32_t n_tokens,
+              const int32_t* answers, uint64_t number, int32_t place) {
+  const Params& p = *params;
+  LoopState& state = *p.state;
+  ring_entry(p.queue, p.submission_capacity, number) = *submission;
+  QueueEntry entry = {};
+  entry.rank = rank_of(p, *submission, state.n_steps);
+  entry.number = number;
+  entry.slot = -1;
+  const int slot_id = open_slot(p, entry);
+  Slot& slot = p.slots[slot_id];
+  slot.state = int(SlotState::kPreempted);
+  slot.length = n_tokens;
+  std::copy_n(tokens, n_tokens, tokens_of(p, slot_id));
+  std::copy_n(answers, submission->oracle_len, p.oracle + size_t(slot_id) * size_t(p.max_len));
+  slot.swapped_tokens = n_tokens - 1;
+  slot.n_swapped = pages_for(slot.swapped_tokens, dims->page_size);
+  for (int i = 0; i < slot.n_swapped; ++i) swap_table_of(p, slot_id)[i] = place + i;
+  if (slot.deadline_ns != 0 && (state.next_deadline_ns == 0 || slot.deadline_ns < state.next_deadline_ns))
+    state.next_deadline_ns = slot.deadline_ns;
+  ++state.n_preempted;
+  queue_push(p, entry.rank, number, slot_id);
+}
+
 // The cost of a step alone, in nanoseconds, for comparison with xlpk/costs.py.
-uint64_t xl_step_ns(const StepCosts* costs, const StepRecord* step) { return step_ns(*costs, *step); }
+uint64_t xl_step_ns(const StepCosts* costs, const StepRecord* step, int32_t n_filter_rows) {
+  return step_ns(*costs, *step, n_filter_rows);
+}
 
 }  // extern "C"

@@ -42,9 +42,20 @@ using MatrixOf = typename MatrixIn<typename Dims::Weight, Dims::weight_layout>::
 // An output of a projection with its bias, where there is one.
 XL_FN float biased(float value, const float* bias, int n) { return bias ? value + bias[n] : value; }
 
-XL_FN void add_bias(float* values, const float* bias, int n, int count) {
-  if (bias)
-    for (int j = 0; j < count; ++j) values[j] = values[j] + bias[n + j];
+// visit(j) for j < width <= Tile. Whole tiles are a loop of constant length, which a host's compiler makes vectors of.
+template <int Tile, class Visit>
+XL_FORCED void for_width(int width, Visit visit) {
+  if (width == Tile) {
+    XL_IVDEP
+    for (int j = 0; j < Tile; ++j) visit(j);
+  } else {
+    for (int j = 0; j < width; ++j) visit(j);
+  }
+}
+
+template <int Tile>
+XL_FN void add_bias(float (&values)[Tile], const float* bias, int n, int width) {
+  if (bias) for_width<Tile>(width, [&](int j) { values[j] = values[j] + bias[n + j]; });
 }
 
 // values[m][j] = row(m, n + j) . x[r] for the R rows from `first` on and the units n + j, j < width.
@@ -90,6 +101,15 @@ XL_FN void panel_rows(Team& team, Rows row, int n, int end, const A* x, int stri
   for (int r = 0; r < count; ++r) sink(n, width, first + r, values[r]);
 }
 
+template <class Wide, class Team>
+XL_FN bool wide_panel_takes(const Team& team, int count, int k) {
+  if constexpr (Wide::always) {
+    return true;
+  } else {
+    return Wide::takes(count, k) && team.packs();
+  }
+}
+
 // Units begin .. end of M matrices against `count` rows of x: calls sink(n, width, r, values) with values[m][j] = row(m, n + j) .
 // x[r] for j < width <= Team::tile. row(m, n): where a row of weights starts. The same bits for a row alone and among others.
 template <int M, class Team, class Rows, class A, class Sink>
@@ -97,14 +117,18 @@ XL_FN void dot_tiles(Team& team, Rows row, int begin, int end, const A* x, int s
   constexpr int kTile = Team::tile;
   if constexpr (Team::panel_rows > 0 && RowTraits<decltype(row(0, 0))>::contiguous) {
     using Panel = decltype(Team::panel_of(row(0, 0), x));
-    if constexpr (Panel::packed) {
-      constexpr int kMost = Panel::rows;
-      for (int r = 0; r < count; r += kMost) {
-        const int rows = count - r < kMost ? count - r : kMost;
-        const A* packed = team.pack(x + size_t(r) * stride, stride, k, rows);
-        for (int n = begin; n < end; n += kTile) panel_rows<M, Panel>(team, row, n, end, packed, 0, k, r, rows, sink);
+    using Wide = decltype(Team::wide_panel_of(row(0, 0), x));
+    if constexpr (Wide::rows > 0) {
+      if (wide_panel_takes<Wide>(team, count, k)) {
+        for (int r = 0; r < count; r += Wide::rows) {
+          const int rows = count - r < Wide::rows ? count - r : Wide::rows;
+          const A* packed = team.pack(x + size_t(r) * stride, stride, k, rows);
+          for (int n = begin; n < end; n += kTile) panel_rows<M, Wide>(team, row, n, end, packed, 0, k, r, rows, sink);
+        }
+        return;
       }
-    } else {
+    }
+    if constexpr (!Wide::always) {
       const int most = Panel::rows_at_once(k);
       for (int n = begin; n < end; n += kTile)
         for (int r = 0; r < count; r += most)

@@ -203,3 +203,6 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "dynamic_rope": _case(128, 352, 2, 4, 2, rope_scaling={"type": "dynamic", "factor": 2.0}, rope_theta=1000.0),
 }
+# What the quick suite looks at: each type, size and map of heads, scaling, bias and layout of files that there is.
+SOME = ("mha", "gqa", "mqa", "head128_mha_fp32", "llama3_rope_style5", "fp16_head128", "biases_fp16", "head80")
+SOME += ("linear_rope", "dynamic_rope")

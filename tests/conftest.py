@@ -16,6 +16,7 @@ import cubins
 import kinds
 import pytest
 from checkpoints import CASES, make_case, make_checkpoint
+from hypothesis import HealthCheck, settings
 
 from xlpk import toolchain
 from xlpk.backends.cpu import CpuLibrary
@@ -42,6 +43,12 @@ SMALL = {  # checkpoints for tests of the control plane: a step takes well under
     },
 }
 
+
+# The same examples each time and on every machine, however slow it is.
+settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
 
 _build_cubin = toolchain.build_cubin
 

@@ -66,7 +66,7 @@ def gather(events: Iterable[object], outputs: dict[int, Output], steps: list[Ste
             steps.append(event)
 
 
-def finish(backend: Submitter, requests: Sequence[Request], *, timeout_s: float = 120.0) -> Result:
+def finish(backend: Submitter, requests: Sequence[Request], *, timeout_s: float = 300.0) -> Result:
     """Submits all requests to an open backend and polls until each has ended."""
     outputs = {request.request_id: Output() for request in requests}
     steps: list[StepDone] = []

@@ -78,9 +78,13 @@ def _steps(log: Log) -> Measured:
     control = np.array([step["phase_ns"].get("control", 0) for step in log.steps], dtype=np.float64)
     took = column("end_ns") - column("begin_ns")
     control = np.minimum(control, took)
+    filters = np.array([step["phase_ns"].get("filter", 0) for step in log.steps], dtype=np.float64)
+    filters = np.minimum(filters, took - control)
     names = ("n_rows", "n_sample_rows", "context_tokens", "attended_tokens", "n_moves")
     counts = {name: column(name) for name in names}
-    return Measured(**counts, forward_ns=took - control, control_ns=control)
+    # All requests of a run are sampled alike, so a step that has the phase has it for all of its sampled rows.
+    counts["n_filter_rows"] = np.where(filters > 0, counts["n_sample_rows"], 0.0)
+    return Measured(**counts, forward_ns=took - filters - control, filter_ns=filters, control_ns=control)
 
 
 def _delays(log: Log) -> Delays:
@@ -158,6 +162,10 @@ def table(file: CostFile, fitted: Fitted) -> str:
     """What was fitted, for people."""
     costs, quality = file.costs, file.facts["fit"]
     least, most = quality["rows"]
+    filtered = (
+        "filtered rows",
+        ", ".join(f"{1 << i}: {ns / 1e3:.1f}" for i, ns in enumerate(costs.filter_ns[:8])) + " us",
+    )
     rows = [
         ("costs of", f"model {file.model}, {file.orchestration}"),
         ("steps", f"{quality['steps']}, of {least} to {most} rows; {quality['held_out']} were held out of a first fit"),
@@ -172,6 +180,7 @@ def table(file: CostFile, fitted: Fitted) -> str:
             ", ".join(f"{1 << i}: {ns / 1e3:.1f}" for i, ns in enumerate(costs.row_ns) if 1 << i <= 2 * most) + " us",
         ),
         ("sampled rows", ", ".join(f"{1 << i}: {ns / 1e3:.1f}" for i, ns in enumerate(costs.sample_ns[:8])) + " us"),
+        *([filtered] if any(costs.filter_ns) else []),
         ("a token of context", f"{costs.context_ns:.2f} ns, attended {costs.attended_ns:.3f} ns"),
         ("host", f"heard after {costs.submit_ns / 1e3:.1f} us, hears after {costs.publish_ns / 1e3:.1f} us"),
         ("not identified", ", ".join(fitted.unidentified) or "nothing"),

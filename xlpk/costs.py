@@ -22,6 +22,10 @@ FILE_VERSION = 1
 _NONE = (0.0,) * len(KNOTS)
 _MAX_NS = 1e15  # eleven days: a larger figure is a broken file
 _LAST = len(KNOTS) - 2
+_CURVES = ("row_ns", "sample_ns", "filter_ns")
+
+
+COUNTS = ("n_rows", "n_sample_rows", "context_tokens", "attended_tokens", "n_moves", "n_filter_rows")
 
 
 def at_knots(values: Sequence[float], n: int) -> float:
@@ -40,13 +44,14 @@ def at_knots(values: Sequence[float], n: int) -> float:
 class StepCosts:
     """Nanoseconds; fields as of layout.STEP_COSTS. A step takes the sum, rounded half up to whole nanoseconds:
 
-    fixed + rows(n_rows) + samples(n_sample_rows) + context_ns context_tokens + attended_ns attended_tokens
-    + move_ns n_moves + control_ns + control_row_ns n_rows
+    fixed + rows(n_rows) + samples(n_sample_rows) + filters(n_filter_rows) + context_ns context_tokens
+    + attended_ns attended_tokens + move_ns n_moves + control_ns + control_row_ns n_rows
     """
 
     fixed_ns: float = 0.0  # a step
     row_ns: tuple[float, ...] = _NONE  # [12] all rows of a step, at KNOTS rows
     sample_ns: tuple[float, ...] = _NONE  # [12] all sampled rows, likewise
+    filter_ns: tuple[float, ...] = _NONE  # [12] all rows that top-k, top-p, min-p or logprobs filter, likewise
     context_ns: float = 0.0  # a token whose K and V are read, once a request
     attended_ns: float = 0.0  # a token that a row attends to, summed over rows
     move_ns: float = 0.0  # a page to the swap space or back
@@ -58,7 +63,7 @@ class StepCosts:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            curve = item.name in ("row_ns", "sample_ns")
+            curve = item.name in _CURVES
             entries = value if curve else (value,)
             if curve and len(entries) != len(KNOTS):
                 raise InputError(item.name, f"{len(entries)} values", f"{len(KNOTS)}, at 1, 2, 4, ... {KNOTS[-1]} rows")
@@ -67,22 +72,27 @@ class StepCosts:
                     raise InputError(item.name, entry, "0 or more nanoseconds, finite")
 
     def exact_ns(
-        self, n_rows: int, n_sample_rows: int = 0, context_tokens: int = 0, attended_tokens: int = 0, n_moves: int = 0
+        self,
+        n_rows: int,
+        n_sample_rows: int = 0,
+        context_tokens: int = 0,
+        attended_tokens: int = 0,
+        n_moves: int = 0,
+        n_filter_rows: int = 0,
     ) -> float:
         """The sum before it is rounded, in the order that kernels/simulate.cpp has."""
         total = self.fixed_ns + at_knots(self.row_ns, n_rows)
         total = total + at_knots(self.sample_ns, n_sample_rows)
+        total = total + at_knots(self.filter_ns, n_filter_rows)
         total = total + self.context_ns * context_tokens
         total = total + self.attended_ns * attended_tokens
         total = total + self.move_ns * n_moves
         total = total + self.control_ns
         return total + self.control_row_ns * n_rows
 
-    def step_ns(
-        self, n_rows: int, n_sample_rows: int = 0, context_tokens: int = 0, attended_tokens: int = 0, n_moves: int = 0
-    ) -> int:
-        """Nanoseconds of a step."""
-        return math.floor(self.exact_ns(n_rows, n_sample_rows, context_tokens, attended_tokens, n_moves) + 0.5)
+    def step_ns(self, *counts: int) -> int:
+        """Nanoseconds of a step with `counts`, as exact_ns takes them."""
+        return math.floor(self.exact_ns(*counts) + 0.5)
 
     def __add__(self, other: StepCosts) -> StepCosts:
         """Both, one after the other."""
@@ -102,15 +112,15 @@ class StepCosts:
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any], source: str) -> StepCosts:
-        """Fields by name, all of them. InputError naming `source` and the field."""
+        """Fields by name, all but filter_ns, which costs nothing then. InputError naming `source` and the field."""
         names = [item.name for item in fields(StepCosts)]
         for name in values:
             if name not in names:
                 raise InputError(f"{source}: {name}", shown(str(values[name])), f"one of {', '.join(names)}")
         out: dict[str, Any] = {}
         for name in names:
-            value = values.get(name)
-            curve = name in ("row_ns", "sample_ns")
+            value = values.get(name, _NONE if name == "filter_ns" else None)
+            curve = name in _CURVES
             given: list[Any] = list(value) if curve and isinstance(value, list | tuple) else [value]
             if any(isinstance(entry, bool) or not isinstance(entry, int | float) for entry in given):
                 allowed = f"{len(KNOTS)} numbers" if curve else "a number"
@@ -131,14 +141,13 @@ class PricedCosts:
     phases: Mapping[str, StepCosts] = field(default_factory=dict)  # by layout.PHASES: the device's time
 
     def part_ns(self, name: str, step: Mapping[str, int]) -> float:
-        """A part's nanoseconds in a step with the fields of layout.STEP_RECORD."""
+        """A part's nanoseconds in a step with COUNTS; what is not there is 0."""
         return priced(self.parts[name], step)
 
 
 def priced(costs: StepCosts, step: Mapping[str, int]) -> float:
-    """Nanoseconds, not rounded, of a step with the fields of layout.STEP_RECORD."""
-    names = ("n_rows", "n_sample_rows", "context_tokens", "attended_tokens", "n_moves")
-    return costs.exact_ns(*(int(step.get(name, 0)) for name in names))
+    """Nanoseconds, not rounded, of a step with COUNTS; what is not there is 0."""
+    return costs.exact_ns(*(int(step.get(name, 0)) for name in COUNTS))
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,7 @@ def _header(settings: Settings, model: Model, plan: KVPlan, requests: list[Reque
         "acceptance": asdict(settings.acceptance),
         "kv": {**asdict(plan), "token_bytes": plan.token_bytes},
         **_phases(settings, model),
+        **_peak(settings),
         "requests": len(requests),
         "slo": asdict(settings.slo),
     }
@@ -225,6 +226,13 @@ def _phases(settings: Settings, model: Model) -> dict[str, Any]:
     if fitted or isinstance(settings.backend, HfBackend):
         return {"phases": ["forward", "control"], "phase_bytes": {"forward": model.config.bytes_per_token(dtype)}}
     return {"phases": list(layout.PHASE_NAMES), "phase_bytes": model.config.phase_bytes(dtype)}
+
+
+def _peak(settings: Settings) -> dict[str, Any]:
+    """What the memory of the machine could move, if somebody said which machine it is and the run is a real one."""
+    if not settings.hardware_named or isinstance(settings.backend, SimulatedBackend):
+        return {}
+    return {"peak": {"hardware": settings.hardware.name, "memory_gb_per_s": settings.hardware.memory_gb_per_s}}
 
 
 def _pinning(pinned: Sequence[Request], requests: list[Request]) -> list[Request]:

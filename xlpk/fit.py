@@ -27,7 +27,9 @@ class Measured:
     context_tokens: Array
     attended_tokens: Array
     n_moves: Array
-    forward_ns: Array  # from plan to commit, control left out
+    n_filter_rows: Array
+    forward_ns: Array  # from plan to commit, filter and control left out
+    filter_ns: Array
     control_ns: Array
 
     def __len__(self) -> int:
@@ -119,7 +121,7 @@ def fit(steps: Measured) -> Fitted:
     held = np.arange(len(steps)) % HELD_OUT == HELD_OUT - 1
     first = _solve(steps.take(~held))
     test = steps.take(held)
-    predicted, actual = _predict(first, test), test.forward_ns + test.control_ns
+    predicted, actual = _predict(first, test), test.forward_ns + test.filter_ns + test.control_ns
     error = np.abs(predicted / actual - 1)
     spread = float(((actual - actual.mean()) ** 2).sum())
     whole = _solve(steps)
@@ -139,16 +141,18 @@ class _Solution:
     top_rows: int
     top_samples: int
     forward: Array
+    filters: Array  # increments of the curve by knot
     control: Array
 
 
-def _tops(steps: Measured) -> tuple[int, int]:
-    """The last knots that have steps at or beyond the one before them."""
-    tops = []
-    for counts in (steps.n_rows, steps.n_sample_rows):
-        most = int(counts.max(initial=1))
-        tops.append(min(max(1, (max(most, 1) - 1).bit_length()), len(KNOTS) - 1))
-    return tops[0], tops[1]
+def _top(counts: Array) -> int:
+    """The last knot that has steps at or beyond the one before it."""
+    most = int(counts.max(initial=1))
+    return min(max(1, (max(most, 1) - 1).bit_length()), len(KNOTS) - 1)
+
+
+def _filter_columns(steps: Measured, top: int) -> Array:
+    return ramps(steps.n_filter_rows, top, True)
 
 
 def _columns(steps: Measured, top_rows: int, top_samples: int) -> tuple[list[str], Array]:
@@ -165,11 +169,13 @@ def _columns(steps: Measured, top_rows: int, top_samples: int) -> tuple[list[str
 
 
 def _solve(steps: Measured) -> _Solution:
-    top_rows, top_samples = _tops(steps)
+    top_rows, top_samples = _top(steps.n_rows), _top(steps.n_sample_rows)
     _, columns = _columns(steps, top_rows, top_samples)
     forward = _robust(columns, steps.forward_ns)
     control = _robust(np.stack([np.ones(len(steps)), steps.n_rows], axis=1), steps.control_ns)
-    return _Solution(top_rows, top_samples, forward, control)
+    filtered = steps.take(steps.n_filter_rows > 0)
+    filters = _robust(_filter_columns(filtered, _top(filtered.n_filter_rows)), filtered.filter_ns)
+    return _Solution(top_rows, top_samples, forward, filters, control)
 
 
 def _robust(columns: Array, target: Array) -> Array:
@@ -197,7 +203,8 @@ def _robust(columns: Array, target: Array) -> Array:
 def _predict(solution: _Solution, steps: Measured) -> Array:
     _, columns = _columns(steps, solution.top_rows, solution.top_samples)
     control = np.stack([np.ones(len(steps)), steps.n_rows], axis=1) @ solution.control
-    return np.asarray(columns @ solution.forward + control, dtype=np.float64)
+    filters = _filter_columns(steps, len(solution.filters) - 1) @ solution.filters
+    return np.asarray(columns @ solution.forward + filters + control, dtype=np.float64)
 
 
 def _values(solution: _Solution) -> dict[str, float | tuple[float, ...]]:
@@ -209,6 +216,7 @@ def _values(solution: _Solution) -> dict[str, float | tuple[float, ...]]:
         "fixed_ns": float(found[0]),
         "row_ns": curve(rows),
         "sample_ns": curve(samples),
+        "filter_ns": curve(list(solution.filters)),
         "context_ns": context,
         "attended_ns": attended,
         "move_ns": move,
@@ -219,7 +227,7 @@ def _values(solution: _Solution) -> dict[str, float | tuple[float, ...]]:
 
 def _unidentified(steps: Measured) -> tuple[str, ...]:
     """Columns that are zero throughout, or that the others add up to."""
-    names, columns = _columns(steps, *_tops(steps))
+    names, columns = _columns(steps, _top(steps.n_rows), _top(steps.n_sample_rows))
     columns = columns / np.maximum(steps.forward_ns, 1.0)[:, None]
     out = []
     for i, name in enumerate(names):
@@ -228,4 +236,4 @@ def _unidentified(steps: Measured) -> tuple[str, ...]:
         left = column - others @ np.linalg.lstsq(others, column, rcond=None)[0]
         if size == 0 or float(np.linalg.norm(left)) < _LINKED * size:
             out.append(name)
-    return tuple(out)
+    return (*out, *([] if steps.n_filter_rows.any() else ["filter_ns"]))

@@ -16,8 +16,11 @@ from xlpk.kv import KVPlan
 from xlpk.model import ModelConfig
 
 ORCHESTRATIONS = ("persistent", "launched", "graph")
-PARTS = ("weights", "kv", "compute", "launch", "sync", "copy", "barrier", "control")
+PARTS = ("weights", "kv", "compute", "filter", "launch", "sync", "copy", "barrier", "control")
 _MATRICES = ("qkv", "output", "gate_up", "down")  # phases of a layer that read weights
+# Times that top-p reads a row of logits: for the best, the mass, a digit of the threshold four times, the sample. Top-k
+# alone leaves out the mass; both take eleven.
+_FILTER_READS = 7
 _COPIES = 2  # a step's, where the host launches: the descriptor to the device, the sampled tokens back
 
 
@@ -31,6 +34,8 @@ class Hardware:
     bf16_tflop_per_s: float = 1.13  # dense peak of 16-bit products, a multiply and an add counted as two
     fp32_tflop_per_s: float = 0.56  # dense peak of 32-bit products
     flop_share: float = 0.5  # of these peaks, what kernels reach
+    teams: int = 2  # thread blocks at work, one an SM; threads on a CPU
+    team_gb_per_s: float = 0.8  # what a team reads of a row of logits, which it filters alone
     memory_gb: float = 8.0  # capacity, 10^9 bytes
     bus_gb_per_s: float = 40.0  # to the host's memory and back, one way
     link_gb_per_s: float = 40.0  # to another device, one way
@@ -75,11 +80,12 @@ class Hardware:
 def hardware_costs(model: ModelConfig, dtype: str, plan: KVPlan, hardware: Hardware, orchestration: str) -> PricedCosts:
     """What steps of this model cost on that machine, split into PARTS and into the device's phases.
 
-    A phase takes the larger of its weight bytes over the bandwidth and its products over the rate; activations are left
-    out. Attention takes K and V over the bandwidth plus its products, since the formula is linear in both. `persistent`
-    pays a barrier a phase. The others pay the gap between dependent kernels, and once a step a wait, two copies and
-    control, while the device idles; `launched` also its first launch, and what issuing the others takes beyond the
-    device's own time.
+    A phase takes the larger of its weight bytes over the bandwidth and its products over the rate; activations are
+    left out. Attention takes K and V over the bandwidth plus its products, since the formula is linear in both.
+    Filtered rows are dealt to teams in turn, and each reads its row _FILTER_READS times. `persistent` pays a barrier
+    a phase. The others pay the gap between dependent kernels, and once a step a wait, two copies and control, while
+    the device idles; `launched` also its first launch, and what issuing the others takes beyond the device's own
+    time.
     """
     if orchestration not in ORCHESTRATIONS:
         raise InputError("backend.orchestration", orchestration, f"one of {', '.join(ORCHESTRATIONS)}")
@@ -96,6 +102,8 @@ def hardware_costs(model: ModelConfig, dtype: str, plan: KVPlan, hardware: Hardw
     attended_flops = 4 * model.num_attention_heads * model.head_dim * model.num_hidden_layers
     phases["attend"] = StepCosts(context_ns=plan.token_bytes / hardware.bytes_per_ns, attended_ns=attended_flops / rate)
     phases["move"] = StepCosts(move_ns=plan.page_bytes / hardware.bus_gb_per_s)
+    row_filter_ns = _FILTER_READS * 4 * model.vocab_size / hardware.team_gb_per_s  # logits are fp32
+    phases["filter"] = StepCosts(filter_ns=_at_knots(lambda n: -(-n // hardware.teams) * row_filter_ns))
     control = StepCosts(control_ns=1e3 * hardware.control_us, control_row_ns=1e3 * hardware.control_row_us)
     layers = sum(weight_ns[name] for name in _MATRICES)
     parts = {
@@ -106,24 +114,30 @@ def hardware_costs(model: ModelConfig, dtype: str, plan: KVPlan, hardware: Hardw
             sample_ns=excess("lm_head"),
             attended_ns=phases["attend"].attended_ns,
         ),
+        "filter": phases["filter"],
         "control": control,
     }
     n_phases = phases_of_step(model.num_hidden_layers)
     if orchestration == "persistent":
-        parts["barrier"] = StepCosts(fixed_ns=1e3 * hardware.barrier_us * (n_phases + 1))  # one is control's
+        barrier_ns = 1e3 * hardware.barrier_us
+        filtering = StepCosts(filter_ns=_at_knots(lambda _: barrier_ns))  # a step that filters has a phase more
+        parts["barrier"] = StepCosts(fixed_ns=barrier_ns * (n_phases + 1)) + filtering  # one is control's
         host = StepCosts(publish_ns=1e3 * hardware.publish_us, submit_ns=1e3 * hardware.submit_us)
-        phases |= _with_barriers(phases, model.num_hidden_layers, 1e3 * hardware.barrier_us)
+        phases |= _with_barriers(phases, model.num_hidden_layers, barrier_ns)
+        phases["filter"] += filtering
     else:
         if orchestration == "graph":
-            gaps_ns = 1e3 * hardware.graph_gap_us * n_phases
-            parts["launch"] = StepCosts(fixed_ns=gaps_ns + 1e3 * hardware.graph_launch_us)
+            gap_ns = 1e3 * hardware.graph_gap_us
+            parts["launch"] = StepCosts(fixed_ns=gap_ns * n_phases + 1e3 * hardware.graph_launch_us)
         else:
-            gaps_ns = 1e3 * hardware.kernel_gap_us * n_phases
+            gap_ns = 1e3 * hardware.kernel_gap_us
+            gaps_ns = gap_ns * n_phases
             first_ns, issue_ns = 1e3 * hardware.launch_us, 1e3 * hardware.launch_us * (n_phases - 1)
             beyond = parts["compute"].row_ns
             busy_ns = tuple(layers + head + compute for compute in beyond)
             late = tuple(max(0.0, issue_ns - gaps_ns - busy) for busy in busy_ns)
             parts["launch"] = StepCosts(fixed_ns=first_ns + gaps_ns, row_ns=late)
+        parts["launch"] += StepCosts(filter_ns=_at_knots(lambda _: gap_ns))
         parts["sync"] = StepCosts(fixed_ns=1e3 * hardware.sync_us)
         row_bytes = layout.ROW.dtype.itemsize / hardware.bus_gb_per_s
         parts["copy"] = StepCosts(fixed_ns=_COPIES * 1e3 * hardware.copy_us, row_ns=_at_knots(lambda n: n * row_bytes))
@@ -169,6 +183,7 @@ def calibrated(costs: StepCosts) -> PricedCosts:
         "step": StepCosts(fixed_ns=costs.fixed_ns),
         "rows": StepCosts(row_ns=costs.row_ns),
         "sampling": StepCosts(sample_ns=costs.sample_ns),
+        "filter": StepCosts(filter_ns=costs.filter_ns),
         "kv": StepCosts(context_ns=costs.context_ns, attended_ns=costs.attended_ns, move_ns=costs.move_ns),
         "control": control,
     }

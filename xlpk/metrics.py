@@ -198,6 +198,7 @@ def _loop(log: Log) -> Metrics:
     total_ns = {phase: sum(step["phase_ns"].get(phase, 0) for step in log.steps) for phase in phases}
     all_ns = sum(total_ns.values())
     moved = _phase_bytes(log)
+    peak_gb_per_s = log.header.get("peak", {}).get("memory_gb_per_s")
     for phase in phases:
         out[f"phase/{phase}_ms.mean"] = total_ns[phase] / len(log.steps) / 1e6
         if all_ns:
@@ -205,6 +206,11 @@ def _loop(log: Log) -> Metrics:
         if phase in moved and total_ns[phase]:
             out[f"phase/{phase}_bytes"] = moved[phase]
             out[f"phase/{phase}_gb_per_s"] = moved[phase] / total_ns[phase]
+            if peak_gb_per_s:
+                out[f"phase/{phase}_mbu"] = moved[phase] / total_ns[phase] / peak_gb_per_s
+    steps_ns = sum(step["end_ns"] - step["begin_ns"] for step in log.steps)
+    if peak_gb_per_s and steps_ns:
+        out["loop/mbu"] = sum(moved.get(phase, 0) for phase in phases) / steps_ns / peak_gb_per_s
     window_ns = log.steps[-1]["end_ns"] - log.steps[0]["begin_ns"]
     if window_ns > 0 and log.header.get("backend") != "hf":  # whose gaps between kernels nobody sees
         # Where the host launches, control runs on the host and the device waits for it.

@@ -1,19 +1,15 @@
-"""The figures of a report, as SVG, for black and white and for the colour-blind too. The only importer of matplotlib.
+"""The figures of a report. plot_style.py has what they look like.
 
-Lines differ by colour (Okabe & Ito 2008), stroke and marker, areas by colour and hatch. At most MAX_DRAWN
-configurations are drawn, and series are reduced to a few hundred points: fifty long runs take no more than one.
+At most MAX_DRAWN configurations are drawn, and series are reduced to a few hundred points: fifty long runs take no more
+than one.
 """
 
 from __future__ import annotations
 
-import io
-import re
 import textwrap
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,35 +17,25 @@ import numpy.typing as npt
 
 from xlpk import acceptance as drafts
 from xlpk.compare import Configuration
+from xlpk.plot_style import (
+    COLOURS,
+    MARKERS,
+    Array,
+    legend_below,
+    line_style,
+    log_if_wide,
+    marked_line,
+    new_figure,
+    plain_tick,
+)
 from xlpk.rundata import Timeline
 from xlpk.statistics import Interval
-
-Array = npt.NDArray[np.float64]
 
 MAX_DRAWN = 6
 MAX_BINS = 100  # of a line over time
 MAX_BANDS = 3  # more hide each other
 MAX_DOTS = 300  # of a scatter
 N_QUANTILES = 161
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STROKES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)))
-MARKERS = ("o", "s", "^", "D", "v", "P")
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans"],
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "hatch.linewidth": 0.7,
-    "lines.linewidth": 1.5,
-}
 
 
 @dataclass
@@ -72,35 +58,22 @@ class Swept:
     interval: Interval
 
 
-def render(name: str, draw: Callable[..., Any], *args: Any) -> str:
-    """The SVG element that `draw` makes. Ids get `name` in front, so that several fit one page."""
-    from matplotlib import rc_context
-
-    with rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks: the reader's browser has another one
-        figure = draw(*args)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")  # Verdana has the same widths
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    # Hundredths of a point are enough; what stands between tags is text.
-    return re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d{2})\d+", r"\1", tag[0]), text)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+def choose(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Those to draw: all, or the first, the slowest, the fastest and what lies evenly between by tokens/s."""
+    able = [one for one in configurations if one.done]
+    if len(able) <= MAX_DRAWN:
+        return able
+    rates = [float(np.median(one.values("throughput/tokens_per_s") or [0.0])) for one in able]
+    order = np.argsort(rates, kind="stable")
+    picked = {0, *(int(order[i]) for i in np.linspace(0, len(able) - 1, MAX_DRAWN - 1).round().astype(int))}
+    return [able[i] for i in sorted(picked)]
 
 
 def _panels(drawn: Sequence[Drawn]) -> tuple[Any, list[Any]]:
     """One panel a configuration, at most three in a row, axes shared."""
     n_columns = 2 if len(drawn) == 4 else min(3, len(drawn))
     n_rows = -(-len(drawn) // n_columns)
-    figure = _figure(4.6 if n_columns == 1 else 9.6, 2.1 * n_rows + 0.3)
+    figure = new_figure(4.6 if n_columns == 1 else 9.6, 2.1 * n_rows + 0.3)
     grid = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     axes = [axis for row in grid for axis in row]
     for axis in axes[len(drawn) :]:
@@ -114,33 +87,6 @@ def _panels(drawn: Sequence[Drawn]) -> tuple[Any, list[Any]]:
             axes[index].tick_params(labelbottom=True)
             axes[index].set_xlabel("time, s")
     return figure, axes[: len(drawn)]
-
-
-def _line(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STROKES[index % len(STROKES)]}
-
-
-def _marked(index: int) -> dict[str, Any]:
-    return {**_line(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
-
-
-def _legend(figure: Any, axis: Any, n: int) -> None:
-    """Below the axes, so that it hides nothing."""
-    handles, labels = axis.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels), default=0) > 60 else 2 if n > 1 else 1
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.5)
-
-
-def _plain(value: float, _: int) -> str:
-    """A tick of a logarithmic axis: 0.01, not a power in TeX."""
-    return f"{value:g}"
-
-
-def _log_if_wide(axis: Any, values: Sequence[Array]) -> None:
-    every = np.concatenate(list(values)) if values else np.zeros(0)
-    if len(every) and every.min() > 0 and every.max() > 20 * every.min():
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(_plain)
 
 
 def _bins(x: Array) -> npt.NDArray[np.int64]:
@@ -183,7 +129,7 @@ def _quantiles(values: Array, levels: Array) -> Array:
 
 def latency_cdf(drawn: Sequence[Drawn]) -> Any:
     """ITL and TTFT, pooled over repetitions; of up to MAX_BANDS, the band is what single repetitions span."""
-    figure = _figure(9.6, 3.4)
+    figure = new_figure(9.6, 3.4)
     axes = figure.subplots(1, 2, sharey=True)
     clocks = {one.middle.clock for one in drawn}
     clock = f"{clocks.pop()}'s clock" if len(clocks) == 1 else "device's clock where there is one"
@@ -200,14 +146,14 @@ def latency_cdf(drawn: Sequence[Drawn]) -> Any:
             pooled.append(np.concatenate(parts))
             if len(parts) > 1 and len(drawn) <= MAX_BANDS:
                 each = np.array([_quantiles(values, levels) for values in parts])
-                axis.fill_betweenx(levels, each.min(0), each.max(0), color=_line(index)["color"], alpha=0.15, lw=0)
+                axis.fill_betweenx(levels, each.min(0), each.max(0), color=line_style(index)["color"], alpha=0.15, lw=0)
             marks = {"marker": MARKERS[index % len(MARKERS)], "markevery": (10 + 3 * index, 40), "markersize": 4.5}
-            axis.plot(_quantiles(pooled[-1], levels), levels, label=one.label, **_line(index), **marks)
-        _log_if_wide(axis, pooled)
+            axis.plot(_quantiles(pooled[-1], levels), levels, label=one.label, **line_style(index), **marks)
+        log_if_wide(axis, pooled)
         axis.set_xlabel(title)
     axes[0].set_ylabel("share of samples")
     axes[0].set_ylim(0, 1.02)
-    _legend(figure, max(axes, key=lambda axis: len(axis.lines)), len(drawn))
+    legend_below(figure, max(axes, key=lambda axis: len(axis.lines)), len(drawn))
     return figure
 
 
@@ -228,11 +174,11 @@ def itl_over_time(drawn: Sequence[Drawn]) -> Any:
     every = np.concatenate([one.middle.itl_ms for one in drawn])
     if len(every) and every.min() > 0 and np.percentile(every, 99.5) > 10 * np.median(every):
         axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_formatter(_plain)
+        axes[0].yaxis.set_major_formatter(plain_tick)
     elif len(every):
         axes[0].set_ylim(0, max(1.15 * float(np.percentile(every, 99.5)), 1e-6))
     axes[0].set_ylabel("ITL, ms")
-    _legend(figure, max(axes, key=lambda axis: len(axis.lines)), 3)
+    legend_below(figure, max(axes, key=lambda axis: len(axis.lines)), 3)
     return figure
 
 
@@ -255,7 +201,7 @@ def composition(drawn: Sequence[Drawn]) -> Any:
             below = below + y
     axes[0].set_ylim(bottom=0)  # of all panels, now that each has its data
     axes[0].set_ylabel("rows of a step")
-    _legend(figure, axes[0], 1)
+    legend_below(figure, axes[0], 1)
     return figure
 
 
@@ -278,40 +224,32 @@ def kv_over_time(drawn: Sequence[Drawn]) -> Any:
             axis.text(0.02, 0.9, text, transform=axis.transAxes, fontsize=8)
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("KV pages, MiB")
-    _legend(figure, axes[0], 1)
+    legend_below(figure, axes[0], 1)
     return figure
 
 
 def acceptance(drawn: Sequence[Drawn]) -> Any:
     """Accepted at position i / drafts that had one: markers measured, thin lines the formula."""
-    figure = _figure(9.6, 3.4)
+    figure = new_figure(9.6, 3.4)
     axis = figure.subplots()
     for index, one in enumerate(drawn):
         measured = drafts.positions(*drafts.pooled(one.timelines))
         if not len(measured.had):
             continue
         x = np.arange(1, len(measured.had) + 1)
-        style = _marked(index)
+        style = marked_line(index)
         spread = (index - (len(drawn) - 1) / 2) * 0.05  # so that equal values do not hide each other
         axis.plot(x + spread, measured.rate, **{**style, "linestyle": ""}, label=one.label)
         known = drafts.expected(one.timelines)
         if known is not None:
             name, rates = known
-            axis.plot(x[: len(rates)] + spread, rates[: len(x)], **_line(index), linewidth=1, label=f"  {name}")
+            axis.plot(x[: len(rates)] + spread, rates[: len(x)], **line_style(index), linewidth=1, label=f"  {name}")
     axis.set_ylim(0, 1.05)
     axis.set_xlabel("position of the draft in its block")
     axis.set_ylabel("accepted / proposed")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axis, len(drawn))
+    legend_below(figure, axis, len(drawn))
     return figure
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if np.isfinite(value) else None
 
 
 def swept(key: str, points: Sequence[Swept]) -> Any:
@@ -321,7 +259,7 @@ def swept(key: str, points: Sequence[Swept]) -> Any:
     numeric = all(number is not None for number in numbers)
     places = dict(zip(names, [n or 0.0 for n in numbers] if numeric else map(float, range(len(names))), strict=True))
     lines = list(dict.fromkeys(point.line for point in points))[:MAX_DRAWN]
-    figure = _figure(9.6, 3.6)
+    figure = new_figure(9.6, 3.6)
     axis = figure.subplots()
     values = sorted(places.values())
     logarithmic = numeric and values[0] > 0 and values[-1] >= 8 * values[0]
@@ -335,7 +273,7 @@ def swept(key: str, points: Sequence[Swept]) -> Any:
         x = np.array([places[point.x] for point in own])
         x = x * 2 ** (shift / 2) if logarithmic else x + shift * gap
         middle = np.array([point.interval.median for point in own])
-        style = _marked(index) if numeric else {**_marked(index), "linestyle": ""}
+        style = marked_line(index) if numeric else {**marked_line(index), "linestyle": ""}
         axis.plot(x, middle, **style, label=line or None)
         for at, point in zip(x, own, strict=True):
             if point.interval.known:
@@ -352,14 +290,22 @@ def swept(key: str, points: Sequence[Swept]) -> Any:
     axis.set_xlabel(key)
     axis.set_ylabel("tokens/s")
     if lines != [""]:
-        _legend(figure, axis, len(lines))
+        legend_below(figure, axis, len(lines))
     return figure
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
 
 
 def waterfalls(bars: Sequence[tuple[str, dict[str, float]]]) -> Any:
     """(name, milliseconds an output token by part) -> a bar each, its parts one behind the other in the same order."""
     parts = list(dict.fromkeys(part for _, bar in bars for part in bar))
-    figure = _figure(9.6, 1.3 + 0.5 * len(bars))
+    figure = new_figure(9.6, 1.3 + 0.5 * len(bars))
     axis = figure.subplots()
     for index, part in enumerate(parts):
         before = [sum(bar.get(earlier, 0.0) for earlier in parts[:index]) for _, bar in bars]
@@ -385,22 +331,3 @@ def waterfalls(bars: Sequence[tuple[str, dict[str, float]]]) -> Any:
     axis.set_xlabel("ms an output token, from intended arrival to last token")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, handlelength=1.6)
     return figure
-
-
-def save(path: Path, draw: Callable[..., Any], *args: Any) -> None:
-    """The picture that `draw` makes, as PNG."""
-    from matplotlib import rc_context
-
-    with rc_context(STYLE):
-        draw(*args).savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
-
-
-def choose(configurations: Sequence[Configuration]) -> list[Configuration]:
-    """Those to draw: all, or the first, the slowest, the fastest and what lies evenly between by tokens/s."""
-    able = [one for one in configurations if one.done]
-    if len(able) <= MAX_DRAWN:
-        return able
-    rates = [float(np.median(one.values("throughput/tokens_per_s") or [0.0])) for one in able]
-    order = np.argsort(rates, kind="stable")
-    picked = {0, *(int(order[i]) for i in np.linspace(0, len(able) - 1, MAX_DRAWN - 1).round().astype(int))}
-    return [able[i] for i in sorted(picked)]

@@ -13,11 +13,13 @@ import json
 import os
 import socket
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlpk import config, sweep_folder
 from xlpk.errors import INTERRUPTED, HangError, InputError, exit_code_of, is_foreseen, one_line
+from xlpk.hardware import Hardware
 from xlpk.interrupts import interrupts
 from xlpk.isolate import leave_if_lost
 from xlpk.terminal import UNWRITABLE, Bar, TokenBar, complain, standard_output
@@ -206,6 +208,12 @@ def _why(error: BaseException) -> dict[str, str]:
     return why
 
 
+def _names_hardware(overrides: list[str], chosen: str) -> bool:
+    """Whether the `hardware` group was chosen: by what was typed, or by an overlay that left its default."""
+    keys = [text.partition("=")[0].lstrip("+~") for text in overrides]
+    return chosen != Hardware.name or any(key.partition(".")[0] == "hardware" for key in keys)
+
+
 def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | None, make: MakeBackend | None) -> int:
     from xlpk import engine, metrics, prediction, record, side_by_side, trace_file, tracking
     from xlpk.backend import BackendReport
@@ -216,6 +224,7 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | No
     from xlpk.workload import make_requests, pinned_requests
 
     settings = engine.resolve_backend(config.validate(cfg))
+    settings = replace(settings, hardware_named=_names_hardware(facts["overrides"], settings.hardware.name))
     choice = settings.model
     path = Path(choice.path) if choice.path else None
     model = load_model(choice.name, path, choice.seed, choice.dtype, fill=engine.hash_fill(settings))
@@ -229,6 +238,10 @@ def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | No
     if settings.kv.pressure is not None:
         lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
         plan = plan.under_pressure(lengths, settings.scheduler.max_num_seqs, settings.kv.pressure)
+    if isinstance(settings.backend, SimulatedBackend):
+        from xlpk.backends.simulated import cost_notes
+
+        notes += cost_notes(settings.backend, settings.sampling)
     for note in (*settings.notes, *notes):
         complain(note)
 

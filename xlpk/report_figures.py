@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xlpk import acceptance, compare, plots, rundata, side_by_side, statistics
+from xlpk import acceptance, compare, plot_style, plots, rundata, side_by_side, statistics
 from xlpk.compare import Configuration
 from xlpk.plots import Drawn, Swept
 from xlpk.rundata import RunData, Timeline
@@ -177,7 +177,7 @@ def waterfalls(configurations: Sequence[Configuration]) -> list[Section]:
 
 
 def _figure(name: str, alt: str, draw: Any, *args: Any) -> Figure:
-    return Figure(name, alt, plots.render(name, draw, *args))
+    return Figure(name, alt, plot_style.render(name, draw, *args))
 
 
 def swept(configurations: Sequence[Configuration]) -> tuple[str, list[Swept]] | None:

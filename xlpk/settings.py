@@ -173,15 +173,15 @@ class SimulatedBackend:
             raise InputError(f"backend.{name}", 0, "at least 1 where the other kind has some, or both 0: one loop")
         if self.decode_workers and kv.preemption == "swap":
             raise InputError("kv.preemption", "swap", "recompute with backend.decode_workers")
-        if self.control == "compiled":
-            if self.decode_workers:
-                raise InputError("backend.control", "compiled", "python with backend.decode_workers")
-            if self.hit_rate != 1:
-                raise InputError("backend.hit_rate", self.hit_rate, "1 with backend.control=compiled")
+        if self.prefill_workers > 1 and kv.pinned is not None:
+            why = "null with several backend.prefill_workers, each of which has pages of its own"
+            raise InputError("kv.pinned", shown(str(kv.pinned)), why)
         for name in ("acceptance_rate", "hit_rate"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:  # nan compares false
                 raise InputError(f"backend.{name}", share, "0 to 1")
+        if self.hit_rate != 1 and self.acceptance_rate is None:
+            raise InputError("backend.hit_rate", self.hit_rate, "1 without backend.acceptance_rate")
         if self.acceptance_rate is not None and (isinstance(spec, NoSpec) or self.outcomes is not None):
             why = (
                 "drafts: spec=ngram or oracle" if self.outcomes is None else "backend.outcomes=null: a run has its own"
@@ -310,6 +310,7 @@ class Settings:
     quality: Quality = field(default_factory=Quality)
     slo: Slo = field(default_factory=Slo)
     hardware: Hardware = field(default_factory=Hardware)
+    hardware_named: bool = False  # it was chosen, so its peaks are those of the machine that a real run is on
     keep_logits: bool = False  # of prompts, by position: of a session that is not timed
     notes: tuple[str, ...] = ()  # one line each: where a request was answered by something else
     resolved: dict[str, Any] = field(default_factory=dict)  # the whole config, interpolations resolved

@@ -117,6 +117,6 @@ def _cell(value: float | int | None, form: str) -> str:
 
 def write_figure(folder: Path, values: Metrics) -> None:
     """The waterfalls as a picture in the run's folder."""
-    from xlpk import plots
+    from xlpk import plot_style, plots
 
-    plots.save(folder / FIGURE, plots.waterfalls, bars(values))
+    plot_style.save(folder / FIGURE, plots.waterfalls, bars(values))

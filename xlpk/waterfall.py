@@ -13,7 +13,7 @@ from itertools import accumulate
 from xlpk.event_log import Log, Record
 
 QUEUE, PUBLISH = "queue", "publish"  # before it runs; from the end of its last step until the host sees it
-_ORDER = ("weights", "kv", "compute", "barrier", "launch", "sync", "copy", "control", PUBLISH, QUEUE)
+_ORDER = ("weights", "kv", "compute", "filter", "barrier", "launch", "sync", "copy", "control", PUBLISH, QUEUE)
 
 
 def metrics(log: Log) -> dict[str, float]:

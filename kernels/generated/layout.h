@@ -1,4 +1,4 @@
-// Rendered by `python -m xlpk.layout`; edit xlpk/layout.py instead.
+// Rendered by `python -m xlpk.layout`; edit xlpk/layout/ instead.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -504,6 +504,7 @@ struct StepCosts {
   double fixed_ns;  // a step
   double row_ns[12];  // all rows, at 1, 2, 4, ... rows
   double sample_ns[12];  // all sampled rows, likewise
+  double filter_ns[12];  // all rows that the filter phase takes, likewise
   double context_ns;  // a token of context_tokens
   double attended_ns;  // a token of attended_tokens
   double move_ns;  // a page that is moved
@@ -512,17 +513,18 @@ struct StepCosts {
   double publish_ns;  // from the end of a step until the host sees its tokens
   double submit_ns;  // from submission until the loop sees it
 };
-static_assert(sizeof(StepCosts) == 256, "StepCosts");
+static_assert(sizeof(StepCosts) == 352, "StepCosts");
 static_assert(offsetof(StepCosts, fixed_ns) == 0, "StepCosts.fixed_ns");
 static_assert(offsetof(StepCosts, row_ns) == 8, "StepCosts.row_ns");
 static_assert(offsetof(StepCosts, sample_ns) == 104, "StepCosts.sample_ns");
-static_assert(offsetof(StepCosts, context_ns) == 200, "StepCosts.context_ns");
-static_assert(offsetof(StepCosts, attended_ns) == 208, "StepCosts.attended_ns");
-static_assert(offsetof(StepCosts, move_ns) == 216, "StepCosts.move_ns");
-static_assert(offsetof(StepCosts, control_ns) == 224, "StepCosts.control_ns");
-static_assert(offsetof(StepCosts, control_row_ns) == 232, "StepCosts.control_row_ns");
-static_assert(offsetof(StepCosts, publish_ns) == 240, "StepCosts.publish_ns");
-static_assert(offsetof(StepCosts, submit_ns) == 248, "StepCosts.submit_ns");
+static_assert(offsetof(StepCosts, filter_ns) == 200, "StepCosts.filter_ns");
+static_assert(offsetof(StepCosts, context_ns) == 296, "StepCosts.context_ns");
+static_assert(offsetof(StepCosts, attended_ns) == 304, "StepCosts.attended_ns");
+static_assert(offsetof(StepCosts, move_ns) == 312, "StepCosts.move_ns");
+static_assert(offsetof(StepCosts, control_ns) == 320, "StepCosts.control_ns");
+static_assert(offsetof(StepCosts, control_row_ns) == 328, "StepCosts.control_row_ns");
+static_assert(offsetof(StepCosts, publish_ns) == 336, "StepCosts.publish_ns");
+static_assert(offsetof(StepCosts, submit_ns) == 344, "StepCosts.submit_ns");
 
 // Scalars of the control plane; only the controlling team touches them.
 struct LoopState {
@@ -1045,6 +1047,7 @@ struct SimulatedRequest {
   int32_t max_new_tokens;  // it puts out as many
   int32_t priority;
   int32_t share;  // 1: it may use pages of others and leave its own to them
+  int32_t filtered;  // 1: its sampled rows take the filter phase
 };
 static_assert(sizeof(SimulatedRequest) == 56, "SimulatedRequest");
 static_assert(offsetof(SimulatedRequest, arrival_ns) == 0, "SimulatedRequest.arrival_ns");
@@ -1056,6 +1059,7 @@ static_assert(offsetof(SimulatedRequest, prompt_len) == 36, "SimulatedRequest.pr
 static_assert(offsetof(SimulatedRequest, max_new_tokens) == 40, "SimulatedRequest.max_new_tokens");
 static_assert(offsetof(SimulatedRequest, priority) == 44, "SimulatedRequest.priority");
 static_assert(offsetof(SimulatedRequest, share) == 48, "SimulatedRequest.share");
+static_assert(offsetof(SimulatedRequest, filtered) == 52, "SimulatedRequest.filtered");
 
 // What became of a request; times are of the loop's clock, -1: it never came so far.
 struct SimulatedOutcome {
@@ -1137,6 +1141,7 @@ struct SimulateRules {
   uint64_t n_requests;
   uint64_t seed;  // of prompts, outputs and the law of acceptance
   double acceptance_rate;  // share of the oracle's drafts that hold, drawn by (request, output index)
+  double hit_rate;  // share of verifications for which the oracle has any drafts, likewise
   int32_t prompt_room;  // tokens that the prompt ring holds beside drafts of the law; 0: its capacity
   int32_t block_tokens;  // tokens of a block
   int32_t n_instances;
@@ -1144,7 +1149,7 @@ struct SimulateRules {
   int32_t affinity_blocks;  // first blocks of a prompt by which PREFIX_AFFINITY routes
   int32_t affinity_percent;  // of the mean load, above which it looks for the next instance
 };
-static_assert(sizeof(SimulateRules) == 88, "SimulateRules");
+static_assert(sizeof(SimulateRules) == 96, "SimulateRules");
 static_assert(offsetof(SimulateRules, requests) == 0, "SimulateRules.requests");
 static_assert(offsetof(SimulateRules, outcomes) == 8, "SimulateRules.outcomes");
 static_assert(offsetof(SimulateRules, totals) == 16, "SimulateRules.totals");
@@ -1153,12 +1158,13 @@ static_assert(offsetof(SimulateRules, blocks) == 32, "SimulateRules.blocks");
 static_assert(offsetof(SimulateRules, n_requests) == 40, "SimulateRules.n_requests");
 static_assert(offsetof(SimulateRules, seed) == 48, "SimulateRules.seed");
 static_assert(offsetof(SimulateRules, acceptance_rate) == 56, "SimulateRules.acceptance_rate");
-static_assert(offsetof(SimulateRules, prompt_room) == 64, "SimulateRules.prompt_room");
-static_assert(offsetof(SimulateRules, block_tokens) == 68, "SimulateRules.block_tokens");
-static_assert(offsetof(SimulateRules, n_instances) == 72, "SimulateRules.n_instances");
-static_assert(offsetof(SimulateRules, router) == 76, "SimulateRules.router");
-static_assert(offsetof(SimulateRules, affinity_blocks) == 80, "SimulateRules.affinity_blocks");
-static_assert(offsetof(SimulateRules, affinity_percent) == 84, "SimulateRules.affinity_percent");
+static_assert(offsetof(SimulateRules, hit_rate) == 64, "SimulateRules.hit_rate");
+static_assert(offsetof(SimulateRules, prompt_room) == 72, "SimulateRules.prompt_room");
+static_assert(offsetof(SimulateRules, block_tokens) == 76, "SimulateRules.block_tokens");
+static_assert(offsetof(SimulateRules, n_instances) == 80, "SimulateRules.n_instances");
+static_assert(offsetof(SimulateRules, router) == 84, "SimulateRules.router");
+static_assert(offsetof(SimulateRules, affinity_blocks) == 88, "SimulateRules.affinity_blocks");
+static_assert(offsetof(SimulateRules, affinity_percent) == 92, "SimulateRules.affinity_percent");
 
 // How a simulation ended.
 struct SimulateResult {

@@ -20,7 +20,7 @@ XL_FN void phase_down(Team& team, const Grid& grid, const Params& p, const Dims&
         if (team.lane() != 0) return;
         add_bias(values[0], bias, n, width);
         float* x = p.x + size_t(r) * d.hidden_size + n;
-        for (int j = 0; j < width; ++j) x[j] += values[0][j];
+        for_width<Team::tile>(width, [&](int j) { x[j] += values[0][j]; });
       });
 }
 

@@ -28,7 +28,7 @@ XL_FN void phase_gate_up(Team& team, const Grid& grid, const Params& p, const Di
           add_bias(values[0], weights.gate_bias, n, width);
           add_bias(values[1], weights.up_bias, n, width);
           A* act = static_cast<A*>(p.act) + size_t(first + r) * ffn + n;
-          for (int j = 0; j < width; ++j) narrow(silu(values[0][j]) * values[1][j], &act[j]);
+          for_width<Team::tile>(width, [&](int j) { narrow(silu(values[0][j]) * values[1][j], &act[j]); });
         });
     team.sync();  // the next tile overwrites `normed`
   }

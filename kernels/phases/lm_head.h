@@ -27,28 +27,36 @@ XL_FN void phase_lm_head(Team& team, const Grid& grid, const Params& p, const Di
     stage_normed(
         team, [&](int r) { return p.x + size_t(p.sample_rows[first + r]) * hidden; }, p.norm, d.rms_norm_eps, hidden,
         count, normed);
-    dot_each(team, matrix, units.begin, units.end, normed, hidden, hidden, count, [&](int n, int r, float logit) {
+    const auto row_of = [&](int, int n) { return matrix.row(n); };
+    dot_tiles<1>(team, row_of, units.begin, units.end, normed, hidden, hidden, count, [&](int n, int width, int r, auto& values) {
       if (team.lane() != 0) return;
+      constexpr int kTile = Team::tile;
+      float(&logits)[kTile] = values[0];
       const Row row = p.rows[p.sample_rows[first + r]];
       const Slot& slot = p.slots[row.slot];
-      if (p.logits && row.slot == 0) p.logits[size_t(row.position) * d.vocab_size + n] = logit;
-      const float processed = slot.adjusted ? adjust_logit(p, d, slot, row, n, logit) : logit;
-      if (slot.filtered) {
-        const size_t at = size_t(first + r) * size_t(d.vocab_size) + size_t(n);
-        p.processed[at] = processed;
-        if (slot.n_logprobs >= 0) p.raw[at] = logit;
+      const size_t at = size_t(first + r) * size_t(d.vocab_size) + size_t(n);
+      if (p.logits && row.slot == 0)
+        for (int j = 0; j < width; ++j) p.logits[size_t(row.position) * d.vocab_size + n + j] = logits[j];
+      if (slot.filtered && slot.n_logprobs >= 0)
+        for (int j = 0; j < width; ++j) p.raw[at + j] = logits[j];
+      if (slot.adjusted)
+        for (int j = 0; j < width; ++j) logits[j] = adjust_logit(p, d, slot, row, n + j, logits[j]);
+      keep_best(logits, n, width, &best[2 * r + 1]);
+      if (slot.filtered) {  // the filter phase picks the keyed sample
+        for (int j = 0; j < width; ++j) p.processed[at + j] = logits[j];
+      } else if (slot.temperature > 0.0f) {
+        float noise[kTile];
+        gumbel_tile(slot.seed, row.position + 1, n, width, noise);
+        for_width<kTile>(width, [&](int j) { logits[j] = sampling_value(logits[j], slot.temperature, noise[j]); });
+        keep_best(logits, n, width, &best[2 * r]);
       }
-      if (!(processed == processed)) return;
-      const uint64_t greedy = pack_candidate(processed, n);
-      if (!slot.filtered) {  // else the filter phase picks the keyed sample
-        const float value = sampling_value(processed, slot.temperature, slot.seed, row.position + 1, n);
-        const uint64_t keyed = pack_candidate(value, n);
-        if (keyed > best[2 * r]) best[2 * r] = keyed;
-      }
-      if (greedy > best[2 * r + 1]) best[2 * r + 1] = greedy;
     });
     if (team.lane() == 0)
-      for (int i = 0; i < count * 2; ++i) max_relaxed(&p.best[2 * first + i], best[i]);
+      for (int r = 0; r < count; ++r) {
+        const Slot& slot = p.slots[p.rows[p.sample_rows[first + r]].slot];
+        max_relaxed(&p.best[2 * (first + r)], slot.filtered || slot.temperature > 0.0f ? best[2 * r] : best[2 * r + 1]);
+        max_relaxed(&p.best[2 * (first + r) + 1], best[2 * r + 1]);
+      }
     team.sync();  // the next tile overwrites `normed`
   }
 }

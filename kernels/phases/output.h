@@ -53,7 +53,7 @@ XL_FN void phase_output(Team& team, const Grid& grid, const Params& p, const Dim
           if (team.lane() != 0) return;
           add_bias(values[0], bias, n, held);
           float* x = p.x + size_t(first + r) * d.hidden_size + n;
-          for (int j = 0; j < held; ++j) x[j] += values[0][j];
+          for_width<Team::tile>(held, [&](int j) { x[j] += values[0][j]; });
         });
     team.sync();  // the next tile overwrites `merged`
   }

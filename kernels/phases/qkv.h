@@ -30,37 +30,47 @@ XL_FN void phase_qkv(Team& team, const Grid& grid, const Params& p, const Dims& 
       const MatrixOf<Dims> matrix(is_q ? weights.q_proj : (is_v ? weights.v_proj : weights.k_proj), hidden);
       return matrix.row(own * d.head_dim + i + m * half);
     };
-    const auto store = [&](int unit, int r, float a, float b) {
+    // Units unit .. unit + width of one head. values: of both members.
+    const auto store = [&](int unit, int width, int r, auto& values) {
       const int head = unit / half, i = unit % half;
       const bool is_q = head < q_heads, is_v = head >= q_heads + kv_heads;
       const int own = is_q ? head : (is_v ? head - q_heads - kv_heads : head - q_heads);
       const float* bias = is_q ? weights.q_bias : (is_v ? weights.v_bias : weights.k_bias);
       const int n = own * d.head_dim + i;
       const int at = first + r;
-      a = biased(a, bias, n);
-      b = biased(b, bias, n + half);
+      add_bias(values[0], bias, n, width);
+      add_bias(values[1], bias, n + half, width);
       if (!is_v) {
-        const float* rope = p.rope + size_t(at) * d.head_dim;
-        const float cosine = rope[i], sine = rope[half + i];
-        const float rotated = a * cosine - b * sine;
-        b = b * cosine + a * sine;
-        a = rotated;
+        const float* cosine = p.rope + size_t(at) * d.head_dim + i;
+        const float* sine = cosine + half;
+        for_width<Team::tile>(width, [&](int j) {
+          const float a = values[0][j], b = values[1][j];
+          values[0][j] = a * cosine[j] - b * sine[j];
+          values[1][j] = b * cosine[j] + a * sine[j];
+        });
       }
       if (is_q) {
-        float* q = p.q + (size_t(at) * q_heads + own) * d.head_stride;
-        q[i] = a;
-        q[i + half] = b;
+        float* q = p.q + (size_t(at) * q_heads + own) * d.head_stride + i;
+        for_width<Team::tile>(width, [&](int j) {
+          q[j] = values[0][j];
+          q[j + half] = values[1][j];
+        });
       } else {
         const Row row = p.rows[at];
-        auto* kv = KvPages<Dims>(p, d, layer, row.slot).at(row.position, is_v ? KvPart::kValue : KvPart::kKey, own);
-        narrow(a, &kv[i]);
-        narrow(b, &kv[i + half]);
+        auto* kv = KvPages<Dims>(p, d, layer, row.slot).at(row.position, is_v ? KvPart::kValue : KvPart::kKey, own) + i;
+        for_width<Team::tile>(width, [&](int j) { narrow(values[0][j], &kv[j]); });
+        for_width<Team::tile>(width, [&](int j) { narrow(values[1][j], &kv[j + half]); });
       }
     };
     dot_tiles<2>(team, row_of, units.begin, units.end, normed, hidden, hidden, count,
                  [&](int n, int width, int r, auto& values) {
                    if (team.lane() != 0) return;
-                   for (int j = 0; j < width; ++j) store(n + j, r, values[0][j], values[1][j]);
+                   constexpr int kTile = Team::tile;
+                   if (kTile == 1 || n % half + width <= half) return store(n, width, r, values);
+                   for (int j = 0; j < width; ++j) {  // a tile of two heads, unit by unit
+                     float one[2][kTile] = {{values[0][j]}, {values[1][j]}};
+                     store(n + j, 1, r, one);
+                   }
                  });
     team.sync();  // the next tile overwrites `normed`
   }

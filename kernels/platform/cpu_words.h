@@ -9,6 +9,12 @@
 #define XL_FN inline
 #define XL_FORCED inline __attribute__((always_inline))
 #define XL_UNROLL
+// Of a loop whose iterations do not meet.
+#if defined(__clang__)
+#define XL_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define XL_IVDEP _Pragma("GCC ivdep")
+#endif
 
 namespace xl {
 

@@ -4,6 +4,7 @@
 #define XL_FN __device__ __forceinline__
 #define XL_FORCED XL_FN  // what keeps accumulators, which g++ would not inline by itself
 #define XL_UNROLL _Pragma("unroll")  // of a loop whose arrays are to be registers
+#define XL_IVDEP
 
 namespace xl {
 

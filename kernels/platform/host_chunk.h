@@ -33,8 +33,14 @@ struct VectorChunk {
     _mm512_storeu_ps(to, lo);
     _mm512_storeu_ps(to + 16, hi);
   }
+  XL_FN void store(bf16* to, int) const {
+    __m256i* halves = reinterpret_cast<__m256i*>(to);
+    _mm256_storeu_si256(halves, narrow16(lo));
+    _mm256_storeu_si256(halves + 1, narrow16(hi));
+  }
   template <class T>
-  XL_FN void store(T* to, int lane, int count = kVirtualLanes) const {
+  XL_FN void store(T* to, int lane, int count) const {
+    if (count == kVirtualLanes) return store(to, lane);
     float all[kVirtualLanes];
     store(all, lane);
     for (int i = 0; i < count; ++i) narrow(all[i], &to[i]);
@@ -58,6 +64,14 @@ struct VectorChunk {
  private:
   static XL_FN __m512 widen16(__m256i halves) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  // As to_bf16.
+  static XL_FN __m256i narrow16(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value), upper = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40)));
   }
 };
 

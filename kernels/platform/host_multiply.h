@@ -7,17 +7,24 @@ namespace xl {
 
 constexpr int kPanelRows = 4;  // weight rows of a panel
 
-// How W is multiplied by A: weight rows of a panel, rows of activations at most, and whether those are to be packed before.
+// How W is multiplied by A: weight rows of a panel, rows of activations at most.
 template <class W, class A>
 struct Panel {
   static constexpr int block = kPanelRows, rows = 128;
-  static constexpr bool packed = false;
 
   // Rows of k elements that leave half of a second-level cache of 1 MiB to the weights of a tile.
   static constexpr int rows_at_once(int k) {
     const int fit = int((size_t(528) << 10) / (size_t(k) * sizeof(A))) / 3 * 3;
     return fit > rows ? rows : fit > 3 ? fit : 3;
   }
+};
+
+// How W is multiplied by many rows of A, which are packed before: `always`, or where it takes so many rows of so many elements.
+template <class W, class A>
+struct WidePanel {
+  static constexpr int block = kPanelRows, rows = 0;
+  static constexpr bool always = false;
+  static constexpr bool takes(int, int) { return false; }
 };
 
 // All lanes in one thread.
@@ -176,7 +183,11 @@ __attribute__((noinline)) void multiply_few(const W* const (&w)[kPanelRows], con
 template <int kMostRows, class W, class A>
 __attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], const A* x, int stride, int k, int count,
                                               const W* next, float* out, int out_stride) {
-  constexpr int kStretch = 4096 / int(sizeof(A)), kLine = 64, kManyPasses = 8;
+  constexpr int kStretch = 4096 / int(sizeof(A)), kLine = 64, kManyPasses = 8, kShort = 128;
+  if (count <= kPassRows && k <= kShort) {  // as keys are: too short for stretches of one row after the other
+    const Stretch whole{0, k, true, true, nullptr};
+    return multiply_rows<2>(count, w, x, stride, whole, reinterpret_cast<const char*>(next), out, out_stride);
+  }
   switch (count) {
     case 1: return multiply_few<1>(w, x, stride, k, next, out, out_stride);
     case 2: return multiply_few<2>(w, x, stride, k, next, out, out_stride);

@@ -17,8 +17,8 @@
 //   tile, block                            units of work a multiply takes at a time, weight rows in registers or in the cache
 //   rows, panel_rows                       activations in registers; the most that a panel takes, 0: there is no dot_panel
 //   dot_block<N, R>(w, x, stride, k, out)  out[j][r] = w[j][0..k) . x[r * stride ..], j < N; k a multiple of 32; a whole warp
-//   panel_of(w, x)                         Panel of these types: weight rows, the most rows of activations, packed or not
-//   pack(x, stride, k, count)              activations as dot_panel of a packed Panel takes them, until the next call
+//   panel_of(w, x), wide_panel_of(w, x)    Panel and WidePanel of these types: weight rows, the most rows of activations
+//   packs(), pack(x, stride, k, count)     whether it can; activations as dot_panel of a WidePanel takes them, until the next call
 //   lane_groups, dot_rows(row, ...)        whether a warp takes several short rows at a time: dot products, a sink(n, r, value)
 //   dot_panel(w, x, stride, k, count, next, out, out_stride)  the same for `count` rows
 //

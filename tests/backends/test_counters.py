@@ -21,7 +21,8 @@ def test_counts_of_a_session_are_those_of_the_driver() -> None:
     requests = [Request(i, (1, 2, 3 + i), 12, ignore_eos=True, top_k=5 * i) for i in range(3)]
     for kind in GPU:
         with on(kind):
-            backend = make(max_num_seqs=4, max_step_rows=16, prefill_chunk=8)
+            stays = {"lease_s": 0.0, "idle_s": 0.0} if kind == "persistent" else {}  # launches are counted
+            backend = make(max_num_seqs=4, max_step_rows=16, prefill_chunk=8, **stays)
             backend.open(model, plan)
             opened = counters()
             result = finish(backend, requests)

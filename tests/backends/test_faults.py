@@ -23,7 +23,7 @@ from drive import CACHE
 from safetensors.numpy import load_file, save_file
 
 from xlpk import record
-from xlpk.metrics import read_events
+from xlpk.metrics import compute, read_events
 
 # Some seconds of the tiny model, and an event log of megabytes.
 LONG = ("workload=synthetic", "workload.requests=400", "workload.output_len=900", "workload.prompt_len=8")
@@ -71,7 +71,7 @@ def running(folder: Path, *arguments: str, kept: Path | None = None) -> Iterator
 
 
 def wait(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < give_up
@@ -79,10 +79,14 @@ def wait(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 
 def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Its end, soon and with nothing of its group left."""
-    out, err = process.communicate(timeout=60)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    """Its end, with nothing of its group left; what its children need to notice it is theirs."""
+    out, err = process.communicate(timeout=300)
+    give_up = time.monotonic() + 60
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < give_up:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
+        raise AssertionError("something of its group is left")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -148,7 +152,10 @@ def test_the_run_folder_removed_while_running(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kind")
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
+@pytest.mark.parametrize(
+    "signals",
+    [pytest.param([signal.SIGINT], marks=pytest.mark.heavy), [signal.SIGINT, signal.SIGINT], [signal.SIGTERM]],
+)
 def test_interrupted(tmp_path: Path, signals: list[signal.Signals]) -> None:
     with running(tmp_path, *QUIET) as process:
         for number in signals:
@@ -166,16 +173,28 @@ def test_interrupted(tmp_path: Path, signals: list[signal.Signals]) -> None:
     assert json.loads((run / record.METRICS).read_text())["requests/output_tokens"] > 0
 
 
-@pytest.mark.usefixtures("kind")
-def test_killed(tmp_path: Path) -> None:
-    """Nothing of it is left, and what it had written can be uploaded."""
-    with running(tmp_path, "run.warmup_steps=0") as process:
+def killed(folder: Path) -> Path:
+    """The folder of a run that was."""
+    with running(folder, "run.warmup_steps=0") as process:
         process.kill()
         assert ended(process).returncode == -signal.SIGKILL
-    run = only_run(tmp_path)
+    run = only_run(folder)
     assert record.read_json(run / record.STATUS)["status"] == "RUNNING"
+    return run
+
+
+@pytest.mark.usefixtures("kind")
+def test_killed(tmp_path: Path) -> None:
+    """Nothing of it is left, and what it had written can be read."""
+    assert compute(read_events(killed(tmp_path) / record.EVENTS))["requests/output_tokens"] > 0
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("kind")
+def test_what_a_killed_run_left_can_be_uploaded(tmp_path: Path) -> None:
+    run = killed(tmp_path)
     command = [sys.executable, "-m", "xlpk.cli", "upload", str(run)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     from mlflow.tracking import MlflowClient
 
@@ -193,7 +212,14 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     assert record.read_json(only_run(tmp_path) / record.STATUS)["status"] == "FINISHED"
 
 
-@pytest.mark.parametrize(("where", "said"), [(">&-", ""), ("> /dev/full", "No space left"), ("| head -c 1", "")])
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        pytest.param(">&-", "", marks=pytest.mark.heavy),
+        ("> /dev/full", "No space left"),
+        pytest.param("| head -c 1", "", marks=pytest.mark.heavy),
+    ],
+)
 def test_standard_output_that_nobody_reads(tmp_path: Path, where: str, said: str) -> None:
     """The run and its files are complete all the same."""
     arguments = [*QUIET, "sampling.max_new_tokens=4", *backend_of_kind(QUIET)]
@@ -211,7 +237,9 @@ def test_standard_output_that_nobody_reads(tmp_path: Path, where: str, said: str
     assert record.read_json(only_run(tmp_path) / record.STATUS)["status"] == "FINISHED"
 
 
-@pytest.mark.parametrize(("value", "line"), [(np.nan, "=nan"), (-np.inf, "=-inf"), (3e38, "")])
+@pytest.mark.parametrize(
+    ("value", "line"), [(np.nan, "=nan"), pytest.param(-np.inf, "=-inf", marks=pytest.mark.heavy), (3e38, "")]
+)
 def test_weights_without_a_result(tmp_path: Path, value: float, line: str) -> None:
     """What is no number is refused by name; numbers that overflow until nothing is left end the run."""
     sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"vocab_size": 17, "num_hidden_layers": 1}

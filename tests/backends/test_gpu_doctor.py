@@ -24,7 +24,7 @@ def doctor(folder: Path, env: dict[str, str], code: int) -> dict[str, dict[str, 
     (folder / "outputs").mkdir()
     (folder / "outputs" / "cache").symlink_to(CACHE)
     command = [sys.executable, "-m", "xlpk.cli", "doctor", "--json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False, env=env)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False, env=env)
     assert done.returncode == code, done.stdout + done.stderr
     return {finding["name"]: finding for finding in json.loads(done.stdout)}
 

@@ -79,9 +79,7 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
 @RESIDENT
 def test_a_team_that_never_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """The census of the teams that did start gives up."""
-    begin_s = time.monotonic()
     assert "census_timeout" in run_with(monkeypatch, tmp_path, "missing_team")
-    assert time.monotonic() - begin_s < 30
     failed(only_run(tmp_path), 4)
 
 
@@ -114,8 +112,8 @@ def test_a_run_that_does_not_answer_is_killed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("XLPK_STANDIN_FAULT", "freeze:2000")
     with running(tmp_path, *QUIET) as process:
         process.send_signal(signal.SIGSTOP)
-        assert process.wait(timeout=30) == -signal.SIGKILL
-    give_up = time.monotonic() + 10
+        assert process.wait(timeout=300) == -signal.SIGKILL
+    give_up = time.monotonic() + 120
     run = only_run(tmp_path)
     while record.read_json(run / record.STATUS)["status"] == "RUNNING":
         assert time.monotonic() < give_up
@@ -131,7 +129,7 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path, kind: str) -> None:
         assert watchers, "there is a watchdog"
         process.kill()
         process.wait()
-        give_up = time.monotonic() + 10
+        give_up = time.monotonic() + 120
         while any(map(alive, watchers)):
             assert time.monotonic() < give_up
             time.sleep(0.05)
@@ -154,7 +152,7 @@ def test_without_a_driver(tmp_path: Path, backend: str) -> None:
     """One line, exit code 3."""
     command = [sys.executable, "-m", "xlpk.run", f"backend={backend}", *QUIET]
     env = {**os.environ, "LD_LIBRARY_PATH": ""}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False, env=env)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False, env=env)
     assert done.returncode == 3
     (line,) = done.stderr.splitlines()
     assert "backend=cpu" in line

@@ -28,4 +28,4 @@ def test_joules_per_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind:
     metrics = record.read_json(only_run(tmp_path) / record.METRICS)
     assert metrics["system/sm_clock_mhz.mean"] == 1980
     watts = metrics["system/joules_per_token"] * metrics["throughput/tokens_per_s"]
-    assert watts == pytest.approx(pynvml_double.WATTS, rel=0.02)
+    assert watts == pytest.approx(pynvml_double.WATTS, rel=0.1)

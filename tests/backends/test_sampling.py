@@ -170,7 +170,7 @@ def test_stop_strings(tmp_path: Path) -> None:
             "run.json=true",
         ]
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, env=kinds.environment()
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False, env=kinds.environment()
         )
         assert done.returncode == 0, done.stderr
         (folder,) = (tmp_path / "outputs" / "runs").glob("*/*")

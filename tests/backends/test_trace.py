@@ -207,7 +207,7 @@ def test_spans_go_on_after_a_lease(model: Model) -> None:
     """A launch that leaves and is entered again goes on in its rings."""
     with kinds.on("cpu"):
         made = session(model, orchestration="persistent", lease_s=0.001)
-    assert made.backend.close().launches > 2
+    assert made.backend.close().launches > 1
     for team in range(TEAMS_USED):
         mine = made.spans[made.spans["team"] == team]
         assert sorted(set(mine["step"].tolist())) == [step["step"] for step in made.steps]
@@ -239,7 +239,7 @@ def test_a_run_leaves_a_timeline(tmp_path: Path) -> None:
     (tmp_path / "outputs").mkdir()
     kinds.CACHE.mkdir(parents=True, exist_ok=True)
     (tmp_path / "outputs" / "cache").symlink_to(kinds.CACHE)
-    arguments = ["mode=kv_pressure", "kv.pressure=0.3", "kv.preemption=swap", "workload.requests=20", "run.trace=on"]
+    arguments = ["mode=kv_pressure", "kv.pressure=0.3", "kv.preemption=swap", "workload.requests=10", "run.trace=on"]
     arguments += ["tracking=none", "backend.threads=2"]
     command = [sys.executable, "-m", "xlpk.run", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

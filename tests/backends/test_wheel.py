@@ -22,7 +22,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, timeout=300)
     (wheel,) = folder.glob("xlpk-*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True, timeout=300)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     zipfile.ZipFile(wheel).extractall(site)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -39,7 +39,7 @@ def test_it_runs_from_anywhere(python: Path, tmp_path: Path) -> None:
     )
     assert where.stdout.startswith(str(python.parents[1]))
     command = [python, "-m", "xlpk.run", "mode=forced_rejection", "spec.block=8", "tracking=none", "run.json=true"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert 0 < metrics["spec/accepted"] < metrics["spec/proposed"]

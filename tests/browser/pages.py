@@ -30,7 +30,7 @@ NO_ASSISTANT = """
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
 localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
 """
-PATIENCE_MS = 30_000
+PATIENCE_MS = 180_000
 ROW = ".ag-row"
 
 
@@ -50,7 +50,7 @@ def xlpk_ui(outputs: Path) -> Iterator[str]:
         yield process.stdout.readline().split()[2]
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
 
 
 @contextlib.contextmanager

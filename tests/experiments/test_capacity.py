@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from xlpk import capacity, cli
 from xlpk.backends import simulate as sim
 from xlpk.errors import InputError
+from xlpk.fleet import MAX_FLEET, Point, columns, search
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "capacity"
@@ -33,23 +34,23 @@ SMALL = (
 )
 
 
-def point(fleet: int, enough: bool, met: float, busy: float = 0.9) -> capacity.Point:
-    values: dict[str, Any] = dict.fromkeys(capacity.Point.__dataclass_fields__, 0)
-    return capacity.Point(**{**values, "fleet": fleet, "enough": enough, "met_share": met, "busy_share": busy})
+def point(fleet: int, enough: bool, met: float, busy: float = 0.9) -> Point:
+    values: dict[str, Any] = dict.fromkeys(Point.__dataclass_fields__, 0)
+    return Point(**{**values, "fleet": fleet, "enough": enough, "met_share": met, "busy_share": busy})
 
 
-@pytest.mark.parametrize("takes", [1, 2, 3, 7, 8, 100, capacity.MAX_FLEET])
+@pytest.mark.parametrize("takes", [1, 2, 3, 7, 8, 100, MAX_FLEET])
 def test_the_search_ends_at_the_smallest_fleet(takes: int) -> None:
-    tried = list(capacity.search(lambda fleet: point(fleet, fleet >= takes, fleet / takes), None))
+    tried = list(search(lambda fleet: point(fleet, fleet >= takes, fleet / takes), None))
     assert min(one.fleet for one in tried if one.enough) == takes
     assert takes == 1 or any(one.fleet == takes - 1 for one in tried)
     assert len(tried) == len({one.fleet for one in tried}) <= 21
 
 
 def test_the_search_gives_up_where_more_only_idle() -> None:
-    tried = list(capacity.search(lambda fleet: point(fleet, False, 0.4, 1 / fleet), None))
+    tried = list(search(lambda fleet: point(fleet, False, 0.4, 1 / fleet), None))
     assert [one.fleet for one in tried] == [1, 2, 4, 8, 16, 32]
-    assert [one.fleet for one in capacity.search(lambda fleet: point(fleet, False, 0), [3, 5])] == [3, 5]
+    assert [one.fleet for one in search(lambda fleet: point(fleet, False, 0), [3, 5])] == [3, 5]
 
 
 def test_sizes_are_read_and_refused() -> None:
@@ -93,9 +94,6 @@ def test_a_fleet_is_found_and_the_folder_says_of_what(
         (["--affinity-blocks", "0"], "--affinity-blocks=0: 1 to"),
         pytest.param(*(["--fleet", "none"], "--fleet=none: sizes"), marks=pytest.mark.heavy),
         pytest.param(
-            *(["backend.hit_rate=0.5"], "backend.hit_rate=0.5: 1.0 with xlpk capacity"), marks=pytest.mark.heavy
-        ),
-        pytest.param(
             *(["backend.prefill_workers=1", "backend.decode_workers=1"], "backend.prefill_workers=1: 0 with"),
             marks=pytest.mark.heavy,
         ),
@@ -132,7 +130,7 @@ def test_a_trace_keeps_lengths_times_and_shared_blocks(tmp_path: Path) -> None:
     file = tmp_path / "trace.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     workload, plan = Trace(file=str(file), block_size=16, scale=2.0), KVPlan(64, 16, 1, "bf16", 512)
-    made, notes = capacity.columns(SimpleNamespace(workload=workload), None, plan)  # type: ignore[arg-type]
+    made, notes = columns(SimpleNamespace(workload=workload), None, plan)  # type: ignore[arg-type]
     assert made.arrival_ns.tolist() == [0, 1_000_000_000, 1_600_000_000]
     assert made.table["prompt_len"].tolist() == [48, 40, 20]
     assert made.table["max_new_tokens"].tolist() == [464, 4, 4]

@@ -91,6 +91,7 @@ def test_every_case_is_a_kernel_and_fits_a_multiprocessor(cases: Any) -> None:
     assert sections == {"read": 2, "barrier": 1, "broadcast": 2, "ring": 1}  # the four numbers come first
 
 
+@pytest.mark.heavy
 @needs_nvcc
 def test_no_spills_and_room_for_one_team(built: Build, cases: Any) -> None:
     assert {kernel.name for kernel in built.kernels} == {case.kernel for case in cases.all_cases()} | {"fill", "timer"}
@@ -106,6 +107,7 @@ def test_a_gpu_without_bulk_copies_is_refused() -> None:
         importlib.import_module("bench").build("sm_89")
 
 
+@pytest.mark.heavy
 @needs_nvcc
 def test_loads_have_the_width_and_the_number_that_the_names_say(opcodes: dict[str, list[str]]) -> None:
     checked = 0
@@ -121,6 +123,7 @@ def test_loads_have_the_width_and_the_number_that_the_names_say(opcodes: dict[st
     assert checked == 7
 
 
+@pytest.mark.heavy
 @needs_nvcc
 def test_copies_are_those_that_the_names_say(opcodes: dict[str, list[str]]) -> None:
     for stages in (2, 4, 8):
@@ -138,6 +141,7 @@ def test_copies_are_those_that_the_names_say(opcodes: dict[str, list[str]]) -> N
     assert all("UBLKCP" not in opcode for opcode in (*opcodes["broadcast_shared"], *opcodes["broadcast_warps"]))
 
 
+@pytest.mark.heavy
 @needs_nvcc
 def test_barriers_order_memory_and_differ_as_their_names_say(opcodes: dict[str, list[str]]) -> None:
     barriers = {name: code for name, code in opcodes.items() if name.startswith("barrier_")}
@@ -183,7 +187,7 @@ def ring_threads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def play(program: Path, *numbers: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, *map(str, numbers)], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([program, *map(str, numbers)], capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.heavy
@@ -245,7 +249,7 @@ def start(out: Path, *options: str, **fault: str) -> subprocess.CompletedProcess
 
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(out), *options]
     own = child_environment() | {f"XLPK_STANDIN_{name}": value for name, value in fault.items()}
-    return subprocess.run(command, env=own, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=own, capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +297,7 @@ def test_a_run_that_is_cut_short_says_what_it_left_and_goes_on(tmp_path: Path, c
     assert len(results(tmp_path)["not_run"]) == len(cases.all_cases())
     assert "Not run, out of time: read_readonly16_x8, " in done.stdout
     assert json.loads(done.stdout.splitlines()[-1])["barrier_p50_ns"] is None
-    assert start(tmp_path, "--resume", "--seconds", "3").returncode == 0
+    assert start(tmp_path, "--resume", "--seconds", "10").returncode == 0
     first = results(tmp_path)
     assert cases.READ.name in first["cases"]
     assert start(tmp_path, "--resume", "--seconds", "0.001").returncode == 0
@@ -303,6 +307,7 @@ def test_a_run_that_is_cut_short_says_what_it_left_and_goes_on(tmp_path: Path, c
     assert "results of the same device, kernels and --bytes" in other.stderr
 
 
+@pytest.mark.heavy
 @needs_nvcc
 def test_what_is_refused_is_refused_in_one_line(tmp_path: Path) -> None:
     refusals = {
@@ -320,7 +325,7 @@ def test_what_is_refused_is_refused_in_one_line(tmp_path: Path) -> None:
 @needs_nvcc
 @pytest.mark.usefixtures("warm")
 def test_a_team_that_does_not_come_fails_its_case_only(tmp_path: Path, cases: Any) -> None:
-    done = start(tmp_path, "--seconds", "4", FAULT="missing_team")
+    done = start(tmp_path, "--seconds", "12", FAULT="missing_team")
     assert done.returncode == 0, done.stderr
     found = results(tmp_path)["cases"]
     assert "error" not in found[cases.READ.name]  # has no barrier

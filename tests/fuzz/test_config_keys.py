@@ -84,7 +84,7 @@ def values() -> Any:
     return st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(repr) | text
 
 
-@cases(80)
+@cases(20)
 def test_overrides_through_hydra(cases: int) -> None:
     key = st.sampled_from([*known_keys(), *config.groups(), *STRANGE])
     override = st.builds(
@@ -103,7 +103,7 @@ def test_overrides_through_hydra(cases: int) -> None:
     check()
 
 
-@cases(1000)
+@cases(250)
 def test_values_of_known_keys(cases: int) -> None:
     """Without Hydra's half of the work, which takes most of the time."""
     bases = [compose("config", overrides=[f"mode={mode}"]) for mode in MODES]

@@ -45,7 +45,7 @@ def safetensors(header: bytes, data: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
-@cases(1500)
+@cases(375)
 def test_random_bytes_are_no_header(cases: int) -> None:
     length = st.one_of(st.integers(0, 40), st.sampled_from([1 << 20, 100_000_000, 100_000_001, (1 << 64) - 1]))
     jsonish = st.text('{}[]":,0123456789eE+-.\\u \nabtrufalsn', max_size=60).map(str.encode)
@@ -60,7 +60,7 @@ def test_random_bytes_are_no_header(cases: int) -> None:
     check()
 
 
-@cases(2500)
+@cases(625)
 def test_made_up_headers(cases: int) -> None:
     names = st.sampled_from(["a", "b", "__metadata__", "../c", "\ud800", ""])
     dtypes = st.sampled_from([*sorted(FILE_BITS), "", "F33", 4, None])
@@ -151,7 +151,7 @@ def mutated(good: bytes, edits: list[tuple[Any, ...]]) -> bytes:
     return content
 
 
-@cases(1500)
+@cases(375)
 def test_mutated_checkpoints(tmp_path: Path, cases: int) -> None:
     make_checkpoint(tmp_path, seed=1, **SMALL)
     good, config = (tmp_path / SINGLE).read_bytes(), read_config(tmp_path)
@@ -172,7 +172,7 @@ def test_mutated_checkpoints(tmp_path: Path, cases: int) -> None:
     check()
 
 
-@cases(1000)
+@cases(250)
 def test_index_files(tmp_path: Path, cases: int) -> None:
     make_checkpoint(tmp_path, seed=2, shards=2, **SMALL)
     good, config = json.loads((tmp_path / INDEX).read_text()), read_config(tmp_path)
@@ -209,7 +209,7 @@ def test_index_files(tmp_path: Path, cases: int) -> None:
     check()
 
 
-@cases(1500)
+@cases(375)
 def test_config_files(tmp_path: Path, cases: int) -> None:
     """Any change of a good config.json: read, or refused; never a scale that is not finite."""
     make_checkpoint(tmp_path, seed=3, **SMALL, rope_scaling=None)
@@ -235,7 +235,7 @@ def test_config_files(tmp_path: Path, cases: int) -> None:
     check()
 
 
-@cases(600)
+@cases(150)
 def test_generation_configs(tmp_path: Path, cases: int) -> None:
     good = {"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
     good |= {"max_new_tokens": 9, "eos_token_id": [1, 2]}
@@ -264,7 +264,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@cases(1500)
+@cases(375)
 def test_event_logs(tmp_path: Path, log: list[dict[str, Any]], cases: int) -> None:
     lines = [json.dumps(event) for event in log]
     good = ("\n".join(lines) + "\n").encode()

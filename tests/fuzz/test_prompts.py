@@ -23,7 +23,7 @@ TEXT = st.text(st.characters() | CONTROLS | SURROGATES, max_size=40)
 IDS = st.one_of(st.integers(0, 16), st.sampled_from([-1, 17, 1 << 31, -(1 << 31), 1 << 63, 1 << 64, 10**30]))
 
 
-@cases(1200)
+@cases(300)
 def test_any_text(tiny: Model, cases: int) -> None:
     plan = KVPlan.make(KV(budget="8pages"), tiny.config, tiny.weights.dtype, 64)
     long = st.builds(lambda text, n: text * n, TEXT, st.sampled_from([1, 10, 5000]))
@@ -42,7 +42,7 @@ def test_any_text(tiny: Model, cases: int) -> None:
     check()
 
 
-@cases(400)
+@cases(100)
 def test_any_prompt_file(tiny: Model, tmp_path: Path, cases: int) -> None:
     plan = KVPlan.make(KV(budget="8pages"), tiny.config, tiny.weights.dtype, 64)
     path = tmp_path / "prompts.txt"
@@ -56,7 +56,7 @@ def test_any_prompt_file(tiny: Model, tmp_path: Path, cases: int) -> None:
     check()
 
 
-@cases(1200)
+@cases(300)
 def test_any_token_ids(small: Callable[[str], Model], cpu_library: CpuLibrary, cases: int) -> None:
     """Through the loop itself: what it accepts ends once, for a reason, with ids of the vocabulary."""
     count = st.one_of(st.integers(-1, 3), st.sampled_from([1 << 31, 1 << 32, 10**30]))

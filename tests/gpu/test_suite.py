@@ -53,7 +53,7 @@ def test_time_that_is_left_is_a_jobs_deadline(
     out = tmp_path / "out"
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
     jobs = [job(suite, "quick", count), job(suite, "slow", "import time; time.sleep(100)"), job(suite, "late", "")]
-    found = run(suite, monkeypatch, out, jobs, "--seconds", "4")
+    found = run(suite, monkeypatch, out, jobs, "--seconds", "8")
     assert found["quick"]["exit_code"] == 0
     assert found["slow"]["exit_code"] == -9
     assert found["slow"]["cut"]
@@ -101,7 +101,7 @@ def test_results_are_carried(suite: ModuleType, monkeypatch: pytest.MonkeyPatch,
     first, second = tmp_path / "first", tmp_path / "second"
     tell = "import sys; print(sys.argv[1:])"
     done = job(suite, "done", tell)
-    run(suite, monkeypatch, first, [done, job(suite, "cut", "import time; time.sleep(100)")], "--seconds", "3")
+    run(suite, monkeypatch, first, [done, job(suite, "cut", "import time; time.sleep(100)")], "--seconds", "6")
     (first / "microbench.json").write_text("{}")
     monkeypatch.setattr(suite, "machine", lambda: {**ABOUT, "uuid": "GPU-2"})
     cut = job(suite, "cut", tell, resume="--resume")

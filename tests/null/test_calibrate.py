@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_run import load_model
+from run_settings import run_settings
 
 from xlpk import calibrate, cli, engine, event_writer, record
 from xlpk.costs import KNOTS, CostFile, StepCosts, read_costs, write_costs
 from xlpk.errors import InputError
 from xlpk.fit import Measured, curve, fit, nnls, ramps
-from xlpk.hardware import Hardware
 from xlpk.kv import KV, KVPlan
-from xlpk.settings import ModelChoice, NoTracking, Run, Scheduler, Settings, SimulatedBackend
-from xlpk.speculation import Keyed, Ngram
-from xlpk.workload import Prompts, Request, Sampling
+from xlpk.settings import SimulatedBackend
+from xlpk.speculation import Ngram
+from xlpk.workload import Request
 
 MODEL = load_model("stub")
 PLAN = KVPlan.make(KV(budget="4000pages"), MODEL.config, "bf16", 4096)
@@ -47,21 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A run folder as a measured run leaves it, its steps taking what PLANTED says; changes: of its facts."""
     root = tmp_path_factory.mktemp("runs")
     write_costs(root / "planted.yaml", CostFile(PLANTED, MODEL.name, "persistent", {}))
-    chosen = Settings(
-        mode="speculative_decode",
-        backend=SimulatedBackend(costs=str(root / "planted.yaml"), acceptance_rate=0.5),
-        spec=Ngram(block=4),
-        acceptance=Keyed(),
-        kv=KV(),
-        model=ModelChoice(),
-        workload=Prompts(),
-        sampling=Sampling(),
-        scheduler=Scheduler(),
-        tracking=NoTracking(),
-        run=Run(warmup_steps=4),
-        requested_block=4,
-        hardware=Hardware(),
-    )
+    backend = SimulatedBackend(costs=str(root / "planted.yaml"), acceptance_rate=0.5)
+    chosen = run_settings(backend, Ngram(block=4), warmup_steps=4)
     rng = np.random.default_rng(3)
     at = np.cumsum(rng.exponential(1 / 300, 60))
     wanted = [
@@ -136,8 +123,9 @@ def test_what_did_not_vary_is_named() -> None:
     """Steps of one row each: no curve, context and attention alike, nothing moved."""
     context = np.arange(1.0, 201.0)
     ones, zeros = np.ones(200), np.zeros(200)
-    fitted = fit(Measured(ones, ones, context, context, zeros, 1000 + 3 * context, 10 * ones))
-    assert {"fixed_ns", "sample_ns[0]", "context_ns", "attended_ns", "move_ns"} <= set(fitted.unidentified)
+    fitted = fit(Measured(ones, ones, context, context, zeros, zeros, 1000 + 3 * context, zeros, 10 * ones))
+    unknown = {"fixed_ns", "sample_ns[0]", "context_ns", "attended_ns", "move_ns", "filter_ns"}
+    assert unknown <= set(fitted.unidentified)
     assert StepCosts(**fitted.values).step_ns(1, 1, 100, 100) == pytest.approx(1310, abs=1)  # type: ignore[arg-type]
 
 

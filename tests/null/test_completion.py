@@ -20,7 +20,7 @@ SETUP = {
     "zsh": (["zsh", "-f", "-i"], "autoload -U compinit; compinit -u -D; source <(xlpk completion zsh)"),
     "fish": (["fish", "--private", "-i"], "xlpk completion fish | source"),
 }
-PATIENCE_S = 30.0
+PATIENCE_S = 180.0
 KEEP = ("\x1b[c", b"\x1b[?62;c"), ("\x1b[6n", b"\x1b[1;1R")  # a terminal's answers, without which fish waits
 
 

@@ -122,6 +122,7 @@ def test_parts_sum_to_the_whole(orchestration: str, rows: int) -> None:
         "context_tokens": 9000,
         "attended_tokens": 90_000,
         "n_moves": 3,
+        "n_filter_rows": 5,
     }
     parts = [priced(part, step) for part in found.parts.values()]
     assert sum(parts) == pytest.approx(priced(found.costs, step), rel=1e-12)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from fake_backend import FakeBackend, right_token
 from fake_run import CONFIG, load_model
+from run_settings import run_settings
 
 from xlpk import answers, engine, event_writer, metrics
 from xlpk.errors import BackendError, InputError
 from xlpk.kv import KV, KVPlan
-from xlpk.settings import CpuBackend, ModelChoice, NoTracking, Run, Scheduler, Settings
-from xlpk.speculation import Keyed, NoSpec, Oracle, Proposer
+from xlpk.settings import CpuBackend, Settings
+from xlpk.speculation import NoSpec, Oracle, Proposer
 from xlpk.workload import Prompts, Request, Sampling, Synthetic, make_requests
 
 PLAN = KVPlan.make(KV(budget="200pages"), CONFIG, "bf16", 512)
@@ -22,20 +23,7 @@ MODEL = load_model("stub")
 
 
 def settings(spec: Proposer | None = None, warmup_steps: int = 3) -> Settings:
-    return Settings(
-        mode="serial_decode",
-        backend=CpuBackend(),
-        spec=spec or NoSpec(),
-        acceptance=Keyed(),
-        kv=KV(),
-        model=ModelChoice(),
-        workload=Prompts(),
-        sampling=Sampling(),
-        scheduler=Scheduler(),
-        tracking=NoTracking(),
-        run=Run(warmup_steps=warmup_steps),
-        requested_block=1,
-    )
+    return run_settings(CpuBackend(), spec, warmup_steps=warmup_steps)
 
 
 def requests(count: int = 5, max_new_tokens: int = 20) -> list[Request]:

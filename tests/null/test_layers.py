@@ -22,9 +22,9 @@ LEVELS = {
     3: "backends",
     4: "engine event_writer answers quality tracking report record sweep_table sweep_folder progress terminal "
     "interrupts mlflow_fields trace_file side_by_side rundata compare thresholds acceptance"
-    " plots report_figures report_sections report_page",
+    " plot_style plots report_figures report_sections report_page",
     5: "config launchers run point sweep isolate cli conf doctor bench bench_child bench_report bench_startup "
-    "bench_control bench_batching prediction calibrate soak capacity ui completion config_reference",
+    "bench_control bench_batching prediction calibrate soak capacity fleet ui completion config_reference",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 ONLY_IN = {  # library -> modules that may import it
@@ -34,7 +34,7 @@ ONLY_IN = {  # library -> modules that may import it
     "llama_cpp": {"backends"},
     "gguf": {"backends"},
     "pycuda": {"backends"},
-    "matplotlib": {"plots", "report_page"},
+    "matplotlib": {"plot_style", "report_page"},
     "hydra": {"config", "run", "point", "sweep"},
     "rich": {"terminal", "progress", "report"},
 }

@@ -30,7 +30,7 @@ leave(3)
 
 def run(heavy: bool, thread: bool) -> subprocess.CompletedProcess[str]:
     program = PROGRAM.replace("HEAVY", str(heavy)).replace("THREAD", str(thread))
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_leaving_skips_only_the_memory() -> None:

@@ -85,7 +85,7 @@ def test_a_thread_looks_where_points_run_elsewhere(tmp_path: Path, monkeypatch: 
     watch = Watch(tmp_path, 1, apart=True, session=1, silent=False)
     watch.start()
     write(tmp_path, 0, "FINISHED")
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     while not watch.told and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert watch.told == {tmp_path / "0"}

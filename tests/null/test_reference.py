@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache as memoize
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, fingerprint, make_case, prompt
+from checkpoints import CASES, SOME, fingerprint, make_case, prompt
 
 from xlpk import reference
 from xlpk.errors import InputError
@@ -36,22 +38,27 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    found = {}
-    for name in CASES:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    @memoize
+    def make(name: str) -> Case:
         folder = make_case(tmp_path_factory.mktemp(name), name)
         model = load_model(name, folder)
         exact = Exact(model.weights)
         with np.load(GOLDEN / f"{name}.npz") as file:
             golden = dict(file)
         limits = {pages: error_bound(model.config, exact, prompt(name), kv_dtype=pages) for pages in ("fp32", "bf16")}
-        found[name] = Case(name, folder, model, exact, prompt(name), golden, limits)
-    return found
+        return Case(name, folder, model, exact, prompt(name), golden, limits)
+
+    return make
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
-    return cases[request.param]
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name in SOME else [pytest.mark.heavy]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=marks(name)) for name in CASES])
+def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
+    return cases(request.param)
 
 
 def test_the_checkpoint_is_the_golden_one(case: Case) -> None:
@@ -138,7 +145,9 @@ MUTANTS += [  # with one key/value head, or one for each query head, both maps a
 ]
 
 
-@pytest.mark.parametrize(("case", "kind"), MUTANTS, indirect=["case"])
+@pytest.mark.parametrize(
+    ("case", "kind"), [pytest.param(*mutant, marks=marks(mutant[0])) for mutant in MUTANTS], indirect=["case"]
+)
 def test_a_mutant_fails_by_far(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A theta off by a tenth is the smallest of them in 40 tokens: beside bf16 pages it is just seen."""
     assert case.error(mutant(case, kind, "fp32", monkeypatch)) > 100
@@ -155,9 +164,9 @@ def test_the_eps_mutant_fails(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
 # ---------------------------------------------------------------------------------------------- the rest
 
 
-def test_chunks_with_a_cache_equal_the_whole(cases: dict[str, Case]) -> None:
+def test_chunks_with_a_cache_equal_the_whole(cases: Callable[[str], Case]) -> None:
     for name in ("gqa", "llama3_rope_style5"):
-        case, cache = cases[name], []
+        case, cache = cases(name), []
         parts = np.split(case.prompt, [1, 2, 9, 30])
         chunks = np.concatenate([forward(case.model.config, case.exact, part, cache=cache) for part in parts])
         whole = forward(case.model.config, case.exact, case.prompt)
@@ -166,15 +175,15 @@ def test_chunks_with_a_cache_equal_the_whole(cases: dict[str, Case]) -> None:
         assert (np.abs(chunks - whole).max(axis=-1) < 2 * limit).all()
 
 
-def test_greedy(cases: dict[str, Case]) -> None:
-    case = cases["mqa"]
+def test_greedy(cases: Callable[[str], Case]) -> None:
+    case = cases("mqa")
     tokens, margins = greedy(case.model.config, case.exact, case.prompt, 24)
     assert margins.min() > 2 * case.limits["fp32"].max()
     np.testing.assert_array_equal(tokens, case.golden["continuation"])
 
 
-def test_a_later_token_changes_nothing_earlier(cases: dict[str, Case]) -> None:
-    case = cases["gqa"]
+def test_a_later_token_changes_nothing_earlier(cases: Callable[[str], Case]) -> None:
+    case = cases("gqa")
     other = case.prompt.copy()
     other[20] = (other[20] + 1) % case.model.config.vocab_size
     one, two = (forward(case.model.config, case.exact, tokens) for tokens in (case.prompt, other))
@@ -195,11 +204,11 @@ def test_bound_holds_for_a_sum_in_order() -> None:
 
 
 @pytest.mark.parametrize("tokens", [[], [[1]], [1.5], [-1], [1031], ["a"]])
-def test_bad_tokens_are_refused(cases: dict[str, Case], tokens: list[object]) -> None:
+def test_bad_tokens_are_refused(cases: Callable[[str], Case], tokens: list[object]) -> None:
     with pytest.raises(InputError, match=r"^tokens=.*(whole number|0 to 1030)"):
-        forward(cases["mha"].model.config, cases["mha"].exact, tokens)
+        forward(cases("mha").model.config, cases("mha").exact, tokens)
 
 
-def test_a_bad_page_dtype_is_refused(cases: dict[str, Case]) -> None:
+def test_a_bad_page_dtype_is_refused(cases: Callable[[str], Case]) -> None:
     with pytest.raises(InputError, match=r"^kv_dtype=int3: one of fp32, bf16$"):
-        forward(cases["mha"].model.config, cases["mha"].exact, [1], kv_dtype="int3")
+        forward(cases("mha").model.config, cases("mha").exact, [1], kv_dtype="int3")

@@ -18,7 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_folders import MS, oracle_log, run_folder, sweep
 
-from xlpk import acceptance, compare, metrics, plots, record, report_figures, report_page, report_sections, rundata
+from xlpk import (
+    acceptance,
+    compare,
+    metrics,
+    plot_style,
+    plots,
+    record,
+    report_figures,
+    report_page,
+    report_sections,
+    rundata,
+)
 from xlpk.errors import InputError
 
 VOID = {"meta", "link", "br", "img", "use", "path", "rect"}
@@ -117,7 +128,7 @@ def test_markdown_tables_keep_their_columns(report: Path) -> None:
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from xlpk import cli
 
-    monkeypatch.setattr(plots, "render", lambda name, draw, *args: "<svg></svg>")
+    monkeypatch.setattr(plot_style, "render", lambda name, draw, *args: "<svg></svg>")
     monkeypatch.chdir(tmp_path)
     for name, rate in (("a", 100.0), ("b", 80.0)):
         run_folder(tmp_path / "runs" / name, sweep_id=None, throughput__tokens_per_s=rate)
@@ -220,7 +231,7 @@ def test_metrics_that_are_no_numbers_are_left_out(
     root = sweep(tmp_path, {"2": [100.0, 101], "4": [120.0, 119]})
     path = root / "0" / record.METRICS
     path.write_text(json.dumps(dict.fromkeys(record.read_json(path), junk)))
-    monkeypatch.setattr(plots, "render", lambda name, draw, *args: "<svg></svg>")
+    monkeypatch.setattr(plot_style, "render", lambda name, draw, *args: "<svg></svg>")
     [results] = [section for section in sections_of(root) if section.title == "Results"]
     rates = next(row for row in results.tables[0].rows if row[0] == "tokens/s")
     assert rates[1] == "101.0", "of the other repetition"
@@ -289,7 +300,7 @@ def test_no_damage_stops_a_report(good: Path, tmp_path_factory: pytest.TempPathF
     for _ in range(data.draw(st.integers(1, 4))):
         damage(data, root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "render", lambda name, draw, *args: "<svg></svg>")
+        patch.setattr(plot_style, "render", lambda name, draw, *args: "<svg></svg>")
         assert sections_of(root)
 
 

@@ -36,7 +36,7 @@ atexit.register(interrupt)  # registered first, so it runs last
 
 def run(cwd: Path, when: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", RUN.replace("WHEN", when)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_in_an_import(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_repeats_are_interleaved(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.heavy
 def test_a_single_run_repeated_is_a_sweep(tmp_path: Path) -> None:
     done = call(tmp_path, *SHORT, "run.repeat=3")
     assert done.returncode == 0, done.stderr

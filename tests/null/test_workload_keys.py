@@ -55,7 +55,7 @@ def test_each_workload_makes_requests_from_its_defaults(files: dict[str, str]) -
         assert [request.arrival_s for request in requests] == sorted(request.arrival_s for request in requests)
 
 
-@cases(120)
+@cases(30)
 def test_any_values(files: dict[str, str], cases: int) -> None:
     bases = {
         config.node_name(node): compose("config", overrides=[f"workload={config.node_name(node)}"])

@@ -150,7 +150,7 @@ def test_refused_by_name(workload: ShareGPT, field: str, allowed: str) -> None:
     assert allowed in str(caught.value)
 
 
-@cases(200)
+@cases(50)
 def test_any_conversations(tmp_path: Path, cases: int) -> None:
     path = tmp_path / "share.json"
     text = st.text(max_size=8) | st.none() | st.integers()

@@ -213,7 +213,7 @@ def values() -> Any:
     return st.none() | st.booleans() | numbers | st.text(max_size=3) | st.lists(st.integers(-1, 9), max_size=4)
 
 
-@cases(300)
+@cases(75)
 def test_any_trace(tmp_path: Path, cases: int) -> None:
     """Requests that a session can run, or one line."""
     keys = ["timestamp", "input_length", "output_length", "hash_ids", "priority", "x"]

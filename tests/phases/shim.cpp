@@ -25,12 +25,8 @@ struct PlainLanes : HostLanes {
 template <class W, class A>
 void dot_as(const W* w, const A* x, int32_t n, int32_t k, int32_t count, bool plain, float* out) {
   if (!plain) {
-#if defined(XL_AMX)
-    std::vector<bf16> packed(packed_elements(std::min(count, Panel<bf16, bf16>::rows), k));
-    HostTeam team(nullptr, packed.data());
-#else
-    HostTeam team(nullptr);
-#endif
+    std::vector<bf16> packed(packed_elements(std::min(count, WidePanel<bf16, bf16>::rows), k) + 32);
+    HostTeam team(nullptr, packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64 / sizeof(bf16));
     const auto sink = [&](int j, int r, float value) { out[size_t(r) * n + j] = value; };
     return dot_each(team, RowMajor<W>(w, k), 0, n, x, k, k, count, sink);
   }

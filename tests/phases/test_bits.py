@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache as memoize
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +30,32 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "unoptimised": ("-O1",),
     "race": ("-DXL_RACE", "-O1"),  # teams of 4 threads in warps of 2 lanes
 }
+Outputs = tuple[dict[int, list[int]], Array]
 VECTORS = ("-DXL_NO_AMX",)  # tiles have an order of their own: test_amx.py
 
 
+QUICK = {("generic", "biases_fp16"), ("generic", "narrow")}
+ALL = [(variant, name) for variant in VARIANTS for name in ("narrow", "head128_mha_fp32", "head80", "biases_fp16")]
+
+
 @pytest.fixture(scope="module")
-def variants(cache: Path) -> dict[str, CpuLibrary]:
+def builds(cache: Path, request: pytest.FixtureRequest) -> dict[str, CpuLibrary]:
+    """The vector build, and the variants that are asked for."""
+    using = [item for item in request.session.items if "builds" in getattr(item, "fixturenames", ())]
+    asked = {item.callspec.params.get("variant") for item in using if hasattr(item, "callspec")}
+    flags = {"": (), **{name: flags for name, flags in VARIANTS.items() if name in asked}}
     with ThreadPoolExecutor(2) as pool:
-        builds = pool.map(lambda flags: build_cpu_library(cache, extra_flags=(*VECTORS, *flags)), VARIANTS.values())
-        return {name: CpuLibrary(build) for name, build in zip(VARIANTS, builds, strict=True)}
+        made = pool.map(lambda extra: build_cpu_library(cache, extra_flags=(*VECTORS, *extra)), flags.values())
+        return {name: CpuLibrary(build) for name, build in zip(flags, made, strict=True)}
 
 
-def outputs(model: Model, library: CpuLibrary, *, threads: int = 1) -> tuple[dict[int, list[int]], Array]:
+@pytest.fixture(scope="module")
+def expected(small: Callable[[str], Model], builds: dict[str, CpuLibrary]) -> Callable[[str], Outputs]:
+    """Name of a model -> what the vector build makes of it."""
+    return memoize(lambda name: outputs(small(name), builds[""]))
+
+
+def outputs(model: Model, library: CpuLibrary, *, threads: int = 1) -> Outputs:
     """Tokens of three requests that run together, and the logits at the prompt of the first, which crosses a span."""
     rng = np.random.RandomState(6)
     vocab = model.config.vocab_size
@@ -55,18 +71,22 @@ def outputs(model: Model, library: CpuLibrary, *, threads: int = 1) -> tuple[dic
         return dict(log.tokens), backend.logits(270)
 
 
-@pytest.mark.parametrize("name", ["narrow", "head128_mha_fp32", "head80", "biases_fp16"])
+@pytest.mark.parametrize(
+    ("variant", "name"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.heavy) for case in ALL]
+)
 def test_every_build_gives_the_same_bits(
-    small: Callable[[str], Model], cache: Path, variants: dict[str, CpuLibrary], name: str
+    small: Callable[[str], Model],
+    builds: dict[str, CpuLibrary],
+    expected: Callable[[str], Outputs],
+    variant: str,
+    name: str,
 ) -> None:
-    model = small(name)
-    tokens, logits = outputs(model, CpuLibrary(build_cpu_library(cache, extra_flags=VECTORS)))
+    tokens, logits = expected(name)
     assert np.isfinite(logits).all()
     assert len(np.unique(logits)) > 10_000
-    for variant, library in variants.items():
-        others, other_logits = outputs(model, library, threads=2 if variant == "race" else 1)
-        assert other_logits.tobytes() == logits.tobytes(), variant
-        assert others == tokens, variant
+    others, other_logits = outputs(small(name), builds[variant], threads=2 if variant == "race" else 1)
+    assert other_logits.tobytes() == logits.tobytes()
+    assert others == tokens
 
 
 @pytest.mark.parametrize(("dtype", "rounded"), [("bf16", True), ("bf16", False), ("fp16", False), ("fp32", False)])

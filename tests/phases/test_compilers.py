@@ -83,6 +83,7 @@ def test_the_library_compiles_for_aarch64(tmp_path: Path) -> None:
     assert target.read_bytes()[18] == 183, "EM_AARCH64"
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(AARCH64 is None or QEMU is None, reason="no aarch64-linux-gnu-g++, or no qemu-aarch64")
 def test_neon_sums_in_the_same_order(tmp_path: Path) -> None:
     """Dot products of the vector chunk and of the portable one, bit by bit, in an emulated processor."""

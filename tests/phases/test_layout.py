@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
+from enum import IntEnum
 from pathlib import Path
 
 import pytest
 
 from xlpk import layout
+from xlpk.layout.header import RECORDS, render
 from xlpk.toolchain import find_cxx, kernels_folder
 
 HEADER = Path("generated") / "layout.h"
 
 
 def test_the_header_is_not_stale() -> None:
-    assert (kernels_folder() / HEADER).read_text() == layout.render(), "run `python -m xlpk.layout`"
+    assert (kernels_folder() / HEADER).read_text() == render(), "run `python -m xlpk.layout`"
+
+
+def test_every_declaration_is_rendered_and_public() -> None:
+    """Whatever a module of the package declares stands in the header, and in the package's interface."""
+    modules = [importlib.import_module(f"xlpk.layout.{found.name}") for found in pkgutil.iter_modules(layout.__path__)]
+    declared = {name: value for module in modules for name, value in vars(module).items()}
+    records = {name: value for name, value in declared.items() if isinstance(value, layout.Record)}
+    enums = {name: value for name, value in declared.items() if isinstance(value, type) and issubclass(value, IntEnum)}
+    assert {record.name for record in records.values()} == {record.name for record in RECORDS}
+    assert set(enums.values()) == set(layout.ENUMS)
+    assert {*records, *enums} <= set(layout.__all__)
 
 
 def compiles(header: str, folder: Path) -> str:
@@ -28,17 +43,17 @@ def compiles(header: str, folder: Path) -> str:
 
 
 def test_the_compiler_checks_every_size_and_offset(tmp_path: Path) -> None:
-    header = layout.render()
+    header = render()
     assert compiles(header, tmp_path) == ""
-    for record in layout.RECORDS:
+    for record in RECORDS:
         assert f"static_assert(sizeof({record.name})" in header
         for name, _, _ in record.fields:
             assert f"static_assert(offsetof({record.name}, {name})" in header
 
 
-@pytest.mark.parametrize("record", layout.RECORDS, ids=lambda record: record.name)
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
 def test_a_moved_field_does_not_compile(tmp_path: Path, record: layout.Record) -> None:
-    broken = layout.render().replace(f"struct {record.name} {{\n", f"struct {record.name} {{\n  int32_t moved;\n", 1)
+    broken = render().replace(f"struct {record.name} {{\n", f"struct {record.name} {{\n  int32_t moved;\n", 1)
     assert "static assertion failed" in compiles(broken, tmp_path) or shutil.which("clang++")
 
 

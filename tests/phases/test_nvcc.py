@@ -11,12 +11,14 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as memoize
 from pathlib import Path
 
 import pytest
-from cubins import CUBINS, MOST
+from _pytest.mark import ParameterSet
+from cubins import CARRIERS, CUBINS, MOST
 
 from xlpk import layout
 from xlpk.toolchain import Build, find_nvcc
@@ -27,10 +29,19 @@ PERSISTENT = [name for name, cubin in CUBINS.items() if cubin.source == "xl_pers
 LAUNCHED = [name for name, cubin in CUBINS.items() if cubin.source == "launched.cu"]
 
 
+def each(names: Iterable[str]) -> list[ParameterSet]:
+    """The carriers of the stand-in driver in the quick suite, the others under `heavy`: a minute of nvcc."""
+    quick = CARRIERS.values()
+    return [pytest.param(name, marks=[] if CUBINS[name] in quick else pytest.mark.heavy) for name in names]
+
+
 @pytest.fixture(scope="module")
-def builds(cache: Path) -> dict[str, Build]:
+def builds(cache: Path, request: pytest.FixtureRequest) -> dict[str, Build]:
+    """The cubins that are asked for."""
+    using = [item for item in request.session.items if "builds" in getattr(item, "fixturenames", ())]
+    asked = sorted({item.callspec.params.get("name") for item in using if hasattr(item, "callspec")} & {*CUBINS})
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CUBINS, pool.map(lambda cubin: cubin.build(cache), CUBINS.values()), strict=True))
+        return dict(zip(asked, pool.map(lambda name: CUBINS[name].build(cache), asked), strict=True))
 
 
 def test_few_cubins_cover_what_there_is() -> None:
@@ -44,7 +55,7 @@ def test_few_cubins_cover_what_there_is() -> None:
     assert LAUNCHED
 
 
-@pytest.mark.parametrize("name", CUBINS)
+@pytest.mark.parametrize("name", each(CUBINS))
 def test_one_persistent_kernel_or_one_kernel_a_phase(builds: dict[str, Build], name: str) -> None:
     kernels = builds[name].kernels
     if name in PERSISTENT:
@@ -92,7 +103,7 @@ def instructions(build: Build, kernel: str = "") -> list[str]:
     return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", CUBINS)
+@pytest.mark.parametrize("name", each(CUBINS))
 def test_nothing_is_read_through_the_constant_path(builds: dict[str, Build], name: str) -> None:
     """A read-only load of what the launch writes may be stale behind an acquire. There is none."""
     code = instructions(builds[name])
@@ -101,7 +112,7 @@ def test_nothing_is_read_through_the_constant_path(builds: dict[str, Build], nam
     assert [opcode for opcode in loads if "CONSTANT" in opcode] == []
 
 
-@pytest.mark.parametrize("name", PERSISTENT)
+@pytest.mark.parametrize("name", each(PERSISTENT))
 def test_releases_and_acquires_of_the_persistent_kernel(builds: dict[str, Build], name: str) -> None:
     """A release is a fence and a strong write, an acquire a strong read that empties the first-level cache."""
     code = instructions(builds[name])
@@ -129,13 +140,13 @@ def test_releases_and_acquires_of_the_persistent_kernel(builds: dict[str, Build]
             assert any(before.startswith("MEMBAR") for before in code[max(0, index - 8) : index]), "no fence before it"
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", each(LAUNCHED))
 def test_a_sampled_row_is_maximised_by_an_atomic(builds: dict[str, Build], name: str) -> None:
     count = Counter(instructions(builds[name], "xl_phase_lm_head"))
     assert count["REDG.E.MAX.64.STRONG.GPU"] + count["RED.E.MAX.64.STRONG.GPU"] >= 1
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", each(LAUNCHED))
 @pytest.mark.parametrize("phase", ["qkv", "output", "gate_up", "down", "lm_head"])
 def test_weights_are_read_sixteen_bytes_at_a_time(builds: dict[str, Build], name: str, phase: str) -> None:
     """In either layout: each load of weights feeds eight multiplies, or four of float32."""
@@ -144,21 +155,21 @@ def test_weights_are_read_sixteen_bytes_at_a_time(builds: dict[str, Build], name
     assert wide >= 8
 
 
-@pytest.mark.parametrize("name", CUBINS)
+@pytest.mark.parametrize("name", each(CUBINS))
 def test_a_piece_of_a_matrix_is_moved_sixteen_bytes_at_a_time(builds: dict[str, Build], name: str) -> None:
     count = Counter(instructions(builds[name], "xl_retile"))
     assert count["LDG.E.128"] >= 1
     assert count["STG.E.128"] >= 1
 
 
-@pytest.mark.parametrize("name", PERSISTENT)
+@pytest.mark.parametrize("name", each(PERSISTENT))
 def test_a_note_of_the_flight_recorder_is_one_store(builds: dict[str, Build], name: str) -> None:
     """A packet over the bus each: of control and of the forward phases, whose loops the compiler copies."""
     notes = [opcode for opcode in instructions(builds[name]) if re.fullmatch(r"STG?\.E\.128", opcode)]
     assert len(notes) >= 4
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", each(LAUNCHED))
 def test_attention_has_many_keys_and_values_in_flight(builds: dict[str, Build], name: str) -> None:
     """Eight loads of keys are issued before the first is used; values go to shared memory past registers."""
     code = instructions(builds[name], "xl_phase_attend")
@@ -173,7 +184,7 @@ def test_attention_has_many_keys_and_values_in_flight(builds: dict[str, Build], 
     assert code.count("LDGSTS.E.BYPASS.128") >= 4
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", each(LAUNCHED))
 def test_the_filter_adds_to_its_bins_without_a_loop(builds: dict[str, Build], name: str) -> None:
     """64 bits in shared memory are a loop of compare and swap; halves with a carry are two additions."""
     shared = Counter(opcode for opcode in instructions(builds[name], "xl_phase_filter") if opcode.startswith("ATOMS"))

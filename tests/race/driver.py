@@ -140,7 +140,7 @@ def serve(
     verified: dict[int, list[tuple[int, int]]] = {request.request_id: [] for request in batch}
     reasons: dict[int, str] = dict.fromkeys(tokens, "")
     lock = threading.Lock()
-    give_up = time.monotonic() + 150
+    give_up = time.monotonic() + 300
     stop = threading.Event()
 
     def producer(own: list[Request]) -> None:

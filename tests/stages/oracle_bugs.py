@@ -5,18 +5,7 @@ Most of them decide something else that is just as legal: only a second version 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Bug:
-    """`file`: within xlpk/simulator or kernels."""
-
-    name: str
-    file: str
-    right: str
-    wrong: str
-
+from stages.bugs import Bug
 
 PYTHON_BUGS = (
     Bug("a watermark too many", "scheduler.py", "spare = self.rules.n_pages // WATERMARK", "spare = 1 + 0 * WATERMARK"),

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from xlpk.backend import Admitted, Event, Finished, Preempted, Resumed, StepDone, Token
+from xlpk.backends import memory
 from xlpk.backends.cpu import CpuBackend, CpuLibrary
 from xlpk.kv import KV, KVPlan
 from xlpk.model import Model
@@ -68,6 +71,17 @@ class Log:
         return reason
 
 
+def shrink(monkeypatch: pytest.MonkeyPatch, **entries: int) -> None:
+    """Sessions on the CPU get buffers of fewer entries. A ring that is full holds the loop up, however fast it is."""
+    table = memory.buffer_table
+
+    def shrunk(*args: Any, **kwargs: Any) -> Any:
+        buffers = table(*args, **kwargs)
+        return buffers | {name: ((count,), buffers[name][1]) for name, count in entries.items()}
+
+    monkeypatch.setattr(memory, "buffer_table", shrunk)
+
+
 @contextmanager
 def session(
     model: Model,
@@ -98,7 +112,7 @@ def serve(
     *,
     log: Log | None = None,
     each: Callable[[list[Event]], object] | None = None,
-    deadline_s: float = 60.0,
+    deadline_s: float = 300.0,
 ) -> Log:
     """Submits all, polls until all have finished. `each`: called with the events of every poll."""
     log = log or Log()

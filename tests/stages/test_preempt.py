@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from stages.audit import Audit
-from stages.sessions import Log, serial_text, serve, session
+from stages.sessions import Log, serial_text, serve, session, shrink
 
+from xlpk.backend import Event, StepDone
 from xlpk.backends.cpu import CpuLibrary
 from xlpk.model import Model
 from xlpk.speculation import Ngram, NoSpec, Oracle, Proposer
@@ -74,9 +75,14 @@ def test_the_text_is_that_of_an_ample_run(
 @pytest.mark.parametrize("kind", ["recompute", "swap"])
 @pytest.mark.parametrize("orchestration", ["launched", "persistent"])
 def test_cancelled_at_any_stage(
-    small: Callable[[str], Model], cpu_library: CpuLibrary, kind: str, orchestration: str
+    small: Callable[[str], Model],
+    cpu_library: CpuLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    orchestration: str,
 ) -> None:
     """Cancellations hit waiting, running, preempted and returning requests; the others do not notice."""
+    shrink(monkeypatch, step_records=8)  # the loop is never far ahead of who cancels
     model, batch = small("alphabet"), crowd(20)
     rng = np.random.RandomState(4)
     options = {"page_size": 4, "pages": 32, "max_num_seqs": 6, "max_step_rows": 48, "orchestration": orchestration}
@@ -84,13 +90,13 @@ def test_cancelled_at_any_stage(
     with session(model, cpu_library, kv=KINDS[kind], **options) as backend:
         log = Log()
 
-        def meddle(events: object) -> None:
+        def meddle(events: list[Event]) -> None:
+            """So often a step, however many of them a poll tells of."""
+            chance = 1 - 0.996 ** sum(isinstance(event, StepDone) for event in events)
             out = set(log.preempted) - set(log.resumed)
             for request in batch:
                 waits = request.request_id not in log.admitted
-                if not log.finished[request.request_id] and rng.rand() < (
-                    0.004 if orchestration == "launched" else 0.05
-                ):
+                if not log.finished[request.request_id] and rng.rand() < chance:
                     hit.add("waiting" if waits else "preempted" if request.request_id in out else "running")
                     backend.cancel(request.request_id)
 
@@ -162,8 +168,11 @@ def test_shortest_prompt_first(small: Callable[[str], Model], cpu_library: CpuLi
 
 
 @pytest.mark.parametrize("orchestration", ["launched", "persistent"])
-def test_deadlines(small: Callable[[str], Model], cpu_library: CpuLibrary, orchestration: str) -> None:
+def test_deadlines(
+    small: Callable[[str], Model], cpu_library: CpuLibrary, monkeypatch: pytest.MonkeyPatch, orchestration: str
+) -> None:
     """A deadline ends a running request with what it has, a waiting one with nothing, and nobody else."""
+    shrink(monkeypatch, step_records=8)  # all are there before the first is done
     model = small("alphabet")
     runs = Request(0, (3, 4, 5), 250, ignore_eos=True, deadline_ms=20.0)
     waits = Request(1, (3, 4, 5), 5, ignore_eos=True, deadline_ms=1.0)

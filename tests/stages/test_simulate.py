@@ -104,17 +104,17 @@ def test_a_step_costs_what_the_formula_in_python_says() -> None:
     rng = np.random.default_rng(0)
     names = ("n_rows", "n_sample_rows", "context_tokens", "attended_tokens", "n_moves")
     for _ in range(300):
-        values = rng.uniform(0, 1e5, 32)
-        costs = StepCosts(
-            *values[:1], tuple(np.cumsum(values[1:13])), tuple(values[13:25]), *values[25:27] / 1e4, *values[27:32]
-        )
+        values, filters = rng.uniform(0, 1e5, 32), tuple(rng.uniform(0, 1e6, 12))
+        curves = tuple(np.cumsum(values[1:13])), tuple(values[13:25]), filters
+        costs = StepCosts(values[0], *curves, *values[25:27] / 1e4, *values[27:32])
         for rows in (0, 1, 2, 3, 1023, 1024, 2047, 2048, 2049, 5000, *map(int, rng.integers(0, 4097, 4))):
             step = np.zeros((), layout.STEP_RECORD.dtype)
             numbers = (rows, int(rng.integers(0, rows + 1)), *map(int, rng.integers(0, 10**6, 3)))
             for name, number in zip(names, numbers, strict=True):
                 step[name] = number
-            found = dll.xl_step_ns(ctypes.c_void_p(costs.record().ctypes.data), ctypes.c_void_p(step.ctypes.data))
-            assert found == costs.step_ns(*numbers)
+            filtered = int(rng.integers(0, rows + 1))
+            addresses = (ctypes.c_void_p(array.ctypes.data) for array in (costs.record(), step))
+            assert dll.xl_step_ns(*addresses, filtered) == costs.step_ns(*numbers, filtered)
 
 
 # ------------------------------------------------------------------------------------------ the simulator in Python

@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from kinds import CACHE
+from stages.bugs import Bug, broken
 from stages.planner import VOCAB, Planner, build
-from stages.test_planner import BUGS, KV, PAGES, WEAK_HASH, Bug, broken
+from stages.planner_bugs import BUGS, KV, PAGES, WEAK_HASH
 
 from xlpk.backends.memory import Limits
 from xlpk.layout import Policy

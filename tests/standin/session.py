@@ -67,7 +67,7 @@ def on_standin(**settings: str) -> Callable[[Callable[[], None]], Callable[[], N
         def test() -> None:
             command = [sys.executable, body.__code__.co_filename, body.__name__]
             own = child_environment() | named
-            done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
 
         test.__doc__ = body.__doc__
@@ -128,7 +128,7 @@ class Session:
         return int(seen[1])
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, "it never came"

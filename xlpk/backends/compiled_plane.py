@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from xlpk.backends.memory import (
 )
 from xlpk.backends.play import MODEL
 from xlpk.backends.simulate import FORWARD_ONLY
-from xlpk.errors import BackendError, InputError
+from xlpk.errors import BackendError
 from xlpk.kv import KVPlan
 from xlpk.layout import EventKind, FinishReason, power_of_two_at_least
 from xlpk.simulator.outcomes import Outcomes
@@ -117,8 +118,6 @@ class CompiledPlane:
 
     def submit(self, request: SimRequest) -> bool:
         """False: a ring is full, try after the next round."""
-        if request.n_bias:
-            raise InputError("sampling.logit_bias", request.n_bias, "none with backend.control=compiled")
         while self._taken < int(self._box["submit_head"][0]):
             self._in_rings.popleft()
             self._taken += 1
@@ -128,20 +127,23 @@ class CompiledPlane:
             return False
         sequence = Sequence(self._rules, request, self._taken + len(self._in_rings))
         tail = int(self._box["prompt_tail"][0])
-        answers = request.oracle
-        if self._proposes:
-            answers = tuple(self._outcomes.propose(sequence, request.max_new_tokens) or ())
+        answers = self._answers(sequence)
         ring = self._buffers["prompts"]
         tokens = np.array((*request.prompt, *answers), np.int32)
         ring[(tail + np.arange(len(tokens))) % len(ring)] = tokens
         submissions = self._buffers["submissions"]
         at = int(self._box["submit_tail"][0]) % len(submissions)
-        submissions[at] = _submission(request, tail, len(answers))
+        submissions[at] = submission_record(request, tail, len(answers))
         self._box["prompt_tail"] += len(tokens)
         self._box["submit_tail"] += 1
         self._in_rings.append(request.ring_tokens)
         self._sequences[request.request_id] = sequence
         return True
+
+    def _answers(self, sequence: Sequence) -> Tokens[int]:
+        """What the oracle has of a request: its right output, or the drafts of outcomes that propose."""
+        request = sequence.request
+        return self._outcomes.all_drafts(sequence, request.max_new_tokens) if self._proposes else request.oracle
 
     def cancel(self, request_id: int) -> None:
         cancels = self._buffers["cancels"]
@@ -212,7 +214,7 @@ class CompiledPlane:
 _ONE = 0xBF800000  # 1.0 as sampling.h orders it
 
 
-def _submission(request: SimRequest, prompt_begin: int, n_answers: int) -> np.ndarray[Any, Any]:
+def submission_record(request: SimRequest, prompt_begin: int, n_answers: int) -> np.ndarray[Any, Any]:
     """The request's record in the submission ring."""
     record = np.zeros((), layout.SUBMISSION.dtype)
     record["top_p"] = record["repetition_penalty"] = 1.0

@@ -14,30 +14,26 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from xlpk import layout
 from xlpk.backend import Admitted, BackendReport, Event, Finished, StepDone, Token
 from xlpk.backends import hf_model
-from xlpk.backends.hf_batch import PaddedBatch
+from xlpk.backends.hf_forward import ForwardPasses, Table
 from xlpk.backends.hf_request import Running, prompt_lookup
 from xlpk.backends.library import usable_cores
 from xlpk.backends.power import PowerMeter, Sample
 from xlpk.backends.submitter import check_request
-from xlpk.errors import BackendError, InputError, ToolError
+from xlpk.errors import BackendError, InputError
 from xlpk.kv import KVPlan
 from xlpk.model import Model
 from xlpk.sampling import Picker, logprobs_of
 from xlpk.settings import HfBackend as Choice
+from xlpk.settings import Scheduler
 from xlpk.speculation import Acceptance, Greedy, Keyed, Ngram, NoSpec, Proposer
 from xlpk.workload import Request
 
-Table = np.ndarray[Any, Any]  # of logits
-RING = 256  # requests that wait at most, as in the other backends
 _STEP_FIELDS = [name for name, _, _ in layout.STEP_RECORD.fields if name != "phase_ns"]
 
 
@@ -51,9 +47,9 @@ class HfBackend:
         choice: Choice,
         *,
         cache: Path,
-        max_num_seqs: int = 16,
-        max_step_rows: int = 64,
-        prefill_chunk: int = 32,
+        max_num_seqs: int = Scheduler.max_num_seqs,
+        max_step_rows: int = Scheduler.max_step_rows,
+        prefill_chunk: int = Scheduler.prefill_chunk,
         spec: Proposer | None = None,
         acceptance: Acceptance | None = None,
         debug_logits: bool = False,
@@ -73,8 +69,7 @@ class HfBackend:
         self._events: list[Event] = []
         self._report = BackendReport(counted=False)
         self._n_steps = 0
-        self._net: Any = None
-        self._logits: Table | None = None
+        self._is_open = False
         self._power: PowerMeter | None = None
 
     # ------------------------------------------------------------------------------------------ the session
@@ -89,12 +84,16 @@ class HfBackend:
         torch.set_num_threads(threads)
         self._model, self._plan, self._vocab = model, plan, model.config.vocab_size
         with self._memory():
-            self._net = hf_model.load(model, dtype, self._device)
-            self._decode = self._net.forward
-            self._static = None
-            if self.choice.cache == "static":
-                self._static = hf_model.static_cache(self._net, self._static_length)
-        self._batch = PaddedBatch(torch)
+            self._passes = ForwardPasses(
+                torch,
+                model,
+                dtype,
+                self._device,
+                static_length=self._static_length if self.choice.cache == "static" else 0,
+                alone=self._alone,
+                keep_logits=self._debug_logits,
+            )
+            self._is_open = True
         self._report.details = {
             "orchestration": self.choice.orchestration,
             "threads": str(threads),
@@ -102,10 +101,10 @@ class HfBackend:
             "cache": self.choice.cache,
             "compile": hf_model.COMPILED_STATIC[self._device] if self.choice.compile else "none",
             "load_seconds": f"{time.perf_counter() - begin_s:.2f}",
-            **hf_model.details(self._net, self._device),
+            **hf_model.details(self._passes.net, self._device),
         }
         if self.choice.compile:
-            self._compile()
+            self._report.details["compile_seconds"] = f"{self._passes.compile():.2f}"
         if self._device == "cuda":
             self._power = PowerMeter(hf_model.device_uuid())
             self._power.start()
@@ -114,19 +113,6 @@ class HfBackend:
     def _static_length(self) -> int:
         """Tokens of the cache of fixed size: what positions and kv.budget allow a sequence."""
         return min(self._plan.max_len, self._plan.pages * self._plan.page_size)
-
-    def _compile(self) -> None:
-        """Compiles the decode step now, not in somebody's latency."""
-        begin_s = time.perf_counter()
-        self._decode = hf_model.compiled(self._net, self._device)
-        try:
-            with self._torch.inference_mode():
-                for at in range(min(4, self._static_length)):  # CUDA graphs: warm, recorded, replayed
-                    self._forward([[0]], self._static, [[at]], decode=at > 0)
-        except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), "")
-            raise ToolError(f"backend.compile=true: torch.compile failed: {type(error).__name__}: {reason}") from None
-        self._report.details["compile_seconds"] = f"{time.perf_counter() - begin_s:.2f}"
 
     def clock_ns(self) -> int:
         """The loop runs on the host, and so does its clock."""
@@ -137,7 +123,7 @@ class HfBackend:
         if isinstance(self.acceptance, Greedy) and isinstance(self.spec, Ngram) and request.temperature > 0:
             allowed = "keyed: transformers accepts a draft iff it samples that token itself"
             raise InputError("acceptance", "greedy", f"{allowed}; or sampling.temperature=0")
-        if len(self._waiting) >= RING:
+        if len(self._waiting) >= Scheduler.max_waiting:  # the default: the option is for the loop of the kernels
             return False
         self._waiting.append(request)
         if request.deadline_ms:
@@ -157,7 +143,7 @@ class HfBackend:
             self._forget([one])
 
     def poll(self) -> list[Event]:
-        if self._net is not None:
+        if self._is_open:
             for request_id in [one for one, at_ns in self._deadlines.items() if at_ns <= time.monotonic_ns()]:
                 del self._deadlines[request_id]
                 self._end(request_id, "deadline")
@@ -172,8 +158,8 @@ class HfBackend:
 
     def logits(self, count: int) -> Table:
         """Logits [count, vocab_size] float32 by position, of the last prompt; needs debug_logits."""
-        assert self._logits is not None
-        return self._logits[:count].copy()
+        assert self._passes.logits is not None
+        return self._passes.logits[:count].copy()
 
     def power_samples(self) -> list[Sample]:
         """What the power meter saw of the session, in order; complete once it is closed."""
@@ -186,13 +172,11 @@ class HfBackend:
     def close(self) -> BackendReport:
         if self._power is not None:
             self._power.stop()
-        if self._net is not None:
-            self._net = self._decode = self._static = None
+        if self._is_open:
+            self._is_open = False
             self._running.clear()
             self._prefilling.clear()
-            self._batch = PaddedBatch(self._torch)
-            if self._device == "cuda":
-                self._torch.cuda.empty_cache()
+            self._passes.close()
         return self._report
 
     @contextlib.contextmanager
@@ -244,7 +228,8 @@ class HfBackend:
             "context_tokens": n_rows + sum(one.computed for one in rows),
         }
         forward_ns = time.monotonic_ns()
-        best, host = self._fetch(rows, self._run_prefill(rows[0]) if prefill else self._run_decode(rows))
+        passes = self._passes
+        best, host = passes.fetch(rows, passes.prefill(rows[0]) if prefill else passes.decode(rows))
         forward_ns = time.monotonic_ns() - forward_ns
         if prefill:
             self._running.append(rows[0])
@@ -257,78 +242,12 @@ class HfBackend:
             if self._commit(one, picked, table, values, verified=not prefill):
                 done.append(one)
         self._forget(done)
-        length = self._batch.length if self._batch.length else max((one.computed for one in self._running), default=0)
+        length = self._passes.batch.length or max((one.computed for one in self._running), default=0)
         values["live_tokens"] = sum(one.computed for one in self._running)
         values["live_pages"] = len(self._running) * self._plan.pages_for(length)
         values["end_ns"], host_ns = self._now()
         phase_ns = {"forward": forward_ns, "control": values["end_ns"] - begin_ns - forward_ns}
         self._events.append(StepDone(self._n_steps, host_ns, values, phase_ns))
-
-    def _forward(self, ids: Any, kv: Any, at: Any, mask: Any = None, keep: int = 1, decode: bool = False) -> Any:
-        """ids, at [batch, n] -> logits [batch, keep or n, vocab]."""
-        torch = self._torch
-        out = (self._decode if decode else self._net.forward)(
-            input_ids=torch.tensor(ids, device=self._device),
-            position_ids=torch.tensor(at, device=self._device),
-            attention_mask=mask,
-            past_key_values=kv,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        return out.logits
-
-    def _run_prefill(self, one: Running) -> Any:
-        """[1, 1, vocab]"""
-        n, one.computed = len(one.tokens), len(one.tokens)
-        if self._static is not None:
-            kv = self._static
-            kv.reset()
-            if self._debug_logits:  # row by row: the numerics of the decode step, compiled or not
-                rows = [
-                    self._forward([[t]], kv, [[at]], decode=at > 0).float().cpu() for at, t in enumerate(one.tokens)
-                ]
-                self._logits = self._torch.cat(rows, 1)[0].numpy()
-                return rows[-1].to(self._device)
-        else:
-            from transformers import DynamicCache
-
-            kv = DynamicCache(config=self._net.config)
-        logits = self._forward([one.tokens], kv, [list(range(n))], keep=0 if self._debug_logits else 1)
-        if self._debug_logits:
-            self._logits = logits[0].float().cpu().numpy()
-        if self._static is None:
-            self._batch.join(kv, n)
-        return logits[:, -1:]
-
-    def _run_decode(self, rows: list[Running]) -> Any:
-        """[requests, 1 + drafts, vocab]"""
-        if self._alone:
-            (one,) = rows
-            ids = [one.tokens[-1], *one.drafts]
-            places = list(range(one.computed, one.computed + len(ids)))
-            kv = self._static if self._static is not None else self._batch.cache
-            logits = self._forward([ids], kv, [places], keep=len(ids), decode=True)
-            self._batch.grow(0 if self._static is not None else len(ids))
-            one.computed += 1
-            return logits
-        mask = self._batch.mask(self._device)
-        last, at = [[one.tokens[-1]] for one in rows], [[one.computed] for one in rows]
-        logits = self._forward(last, self._batch.cache, at, mask, decode=True)
-        self._batch.grow(1)
-        for one in rows:
-            one.computed += 1
-        return logits
-
-    def _fetch(self, rows: Sequence[Running], logits: Any) -> tuple[list[list[int]], Table | None]:
-        """Waits for the device -> per request the likeliest token of each row, -1 where there is a NaN; and, where some
-        request needs more than that, the logits [requests, rows, vocab] float32."""
-        plain = [one.picker.plain for one in rows]
-        best = [[-1]] * len(rows)
-        if any(plain):
-            values, tokens = logits.max(-1)
-            best = self._torch.where(values.isnan(), -1, tokens).tolist()
-        enough = all(plain) and not any(-1 in tokens for tokens in best)
-        return best, None if enough else logits.float().cpu().numpy()
 
     def _pick(self, one: Running, table: Table) -> list[int]:
         """The keyed sample of each row of [rows, vocab], up to the first that is no draft."""
@@ -392,7 +311,7 @@ class HfBackend:
             return True
         one.computed += n_accepted
         if len(drafts) > n_accepted:
-            self._batch.crop(len(drafts) - n_accepted)
+            self._passes.batch.crop(len(drafts) - n_accepted)
         return False
 
     def _finish(self, one: Running, reason: str) -> None:
@@ -403,8 +322,8 @@ class HfBackend:
         if not gone:
             return
         kept = [i for i, one in enumerate(self._running) if one not in gone]
-        if self._static is None and len(kept) < len(self._running):
-            self._batch.keep(kept)
+        if self.choice.cache != "static" and len(kept) < len(self._running):
+            self._passes.batch.keep(kept)
         self._running = [self._running[i] for i in kept]
         for one in gone:
             self._deadlines.pop(one.request.request_id, None)
@@ -415,13 +334,14 @@ class HfBackend:
         """Pages that the tensors of the cache would fill: padding counts, and all of a cache of fixed size."""
         if not self._running:
             return 0
-        if self._static is not None:
+        if self.choice.cache == "static":
             return self._plan.pages_for(self._static_length)
-        return len(self._running) * self._plan.pages_for(self._batch.length - drafts)
+        return len(self._running) * self._plan.pages_for(self._passes.batch.length - drafts)
 
     def _pages(self, drafts: int) -> dict[str, int]:
         active = self._pages_active(drafts)
-        draft = 0 if self._static is not None else self._plan.pages_for(self._batch.length) - active if drafts else 0
+        grows = drafts and self.choice.cache != "static"
+        draft = self._plan.pages_for(self._passes.batch.length) - active if grows else 0
         total = max(self._plan.pages, active + draft)
         free = total - active - draft
         pages = {"pages_total": total, "pages_free": free, "pages_active": active, "pages_draft": draft}

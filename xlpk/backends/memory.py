@@ -1,6 +1,6 @@
 """A session's memory: one table of buffers with shapes, and the Params record that points into them.
 
-What each buffer holds is documented in xlpk/layout.py. The CPU allocates them with numpy, gpu_memory.py
+What each buffer holds is documented in xlpk/layout/session.py. The CPU allocates them with numpy, gpu_memory.py
 the same table on a device.
 """
 
@@ -17,6 +17,7 @@ from xlpk.backends.spans import span_table
 from xlpk.kv import EVICTIONS, KVPlan
 from xlpk.layout import power_of_two_at_least
 from xlpk.model import Model, ModelConfig
+from xlpk.settings import Scheduler
 from xlpk.speculation import Acceptance, Forced, Ngram, Oracle, Proposer
 
 WEIGHT_TYPES = {
@@ -33,9 +34,9 @@ class Limits:
     max_num_seqs: int  # requests that run at once
     max_step_rows: int
     prefill_chunk: int
-    max_waiting: int = 256  # submissions that the loop holds back; a power of two
-    policy: layout.Policy = layout.Policy.FCFS
-    ageing_steps: int = 64
+    max_waiting: int = Scheduler.max_waiting  # submissions that the loop holds back; a power of two
+    policy: layout.Policy = layout.Policy[Scheduler.policy.upper()]
+    ageing_steps: int = Scheduler.ageing_steps
     trace: int = 0  # entries of the decision trace that are kept until the host takes them, a power of two; 0: off
     spans: int = 0  # phase spans that are kept, the last of each team; 0: off
 

@@ -82,6 +82,7 @@ def requests(
     tokens: npt.NDArray[np.int32] | None = None,
     blocks: Any = None,
     n_blocks: Any = 0,
+    filtered: Any = False,
     block_tokens: int = 0,
 ) -> Requests:
     """Columns, or one value for all.
@@ -97,7 +98,7 @@ def requests(
     if len(arrivals) == 0 or (np.diff(arrivals) < 0).any() or arrivals[0] < 0:
         raise InputError("requests", len(arrivals), "at least one, by arrival, none before 0")
     table["arrival_ns"] = arrivals
-    columns = {"prompt_len": prompt_len, "max_new_tokens": max_new_tokens, "priority": priority}
+    columns = {"prompt_len": prompt_len, "max_new_tokens": max_new_tokens, "priority": priority, "filtered": filtered}
     for name, value in {**columns, "deadline_ns": deadline_ns, "share": share, "n_blocks": n_blocks}.items():
         table[name] = value
     table["tokens_begin"][1:] = np.cumsum(table["prompt_len"][:-1], dtype=np.uint64)
@@ -163,6 +164,7 @@ def simulate(
     spec: Proposer | None = None,
     acceptance: Acceptance | None = None,
     acceptance_rate: float | None = None,
+    hit_rate: float = 1.0,
     instances: int = 1,
     router: str = "least_outstanding",
     affinity_blocks: int = 1,
@@ -177,6 +179,7 @@ def simulate(
     plan, limits: of each session.
     acceptance_rate: share of drafts that hold, as Synthetic of xlpk.simulator draws them; `spec` then says how many
         there are, not which. None: the proposer's own, on a text of random tokens.
+    hit_rate: with it, the share of verifications for which there are drafts.
     router: round_robin, least_outstanding or prefix_affinity, which hashes the first `affinity_blocks` blocks of a
         prompt and passes over an instance with more than `affinity_percent` of the mean load.
     seed: of prompts, outputs and the law of acceptance.
@@ -184,7 +187,7 @@ def simulate(
 
     Raises InputError for what can never run, BackendError if a check of the control plane fails.
     """
-    _check(workload, plan, instances, router, acceptance_rate, affinity_blocks, affinity_percent)
+    _check(workload, plan, instances, router, acceptance_rate, hit_rate, affinity_blocks, affinity_percent)
     source = (folder or kernels_folder()) / "simulate.cpp"
     dll = ctypes.CDLL(str(build_shared(source, cache, folder=folder).path))
     model = replace(MODEL, vocab_size=vocab_size)
@@ -221,6 +224,7 @@ def simulate(
         "n_requests": len(workload),
         "seed": seed,
         "acceptance_rate": 1.0 if acceptance_rate is None else acceptance_rate,
+        "hit_rate": hit_rate,
         "prompt_room": prompt_room,
         "block_tokens": workload.block_tokens,
         "n_instances": instances,
@@ -247,6 +251,7 @@ def _check(
     instances: int,
     router: str,
     acceptance_rate: float | None,
+    hit_rate: float,
     affinity_blocks: int,
     affinity_percent: int,
 ) -> None:
@@ -256,6 +261,8 @@ def _check(
         raise InputError("router", router, f"one of {', '.join(ROUTERS)}")
     if acceptance_rate is not None and not 0 <= acceptance_rate <= 1:
         raise InputError("acceptance_rate", acceptance_rate, "0 to 1")
+    if not 0 <= hit_rate <= 1 or (hit_rate != 1 and acceptance_rate is None):
+        raise InputError("hit_rate", hit_rate, "0 to 1, and 1 without acceptance_rate")
     if affinity_blocks < 1:
         raise InputError("affinity_blocks", affinity_blocks, "at least 1")
     if affinity_percent < 100:

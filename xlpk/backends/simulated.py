@@ -15,6 +15,7 @@ import numpy as np
 
 from xlpk import layout
 from xlpk.backend import BackendReport, Event, Finished, StepDone, Token
+from xlpk.backends.compiled_decode import CompiledDecodePlane
 from xlpk.backends.compiled_plane import CompiledPlane
 from xlpk.backends.memory import Limits
 from xlpk.backends.simulated_worker import Arrival, DecodePlane, Worker
@@ -26,13 +27,14 @@ from xlpk.event_log import Log, read_events
 from xlpk.hardware import Hardware, calibrated, hardware_costs, phases_of_step
 from xlpk.kv import KVPlan
 from xlpk.model import Model
+from xlpk.settings import Scheduler
 from xlpk.settings import SimulatedBackend as Choice
 from xlpk.simulator.control import ControlPlane
 from xlpk.simulator.outcomes import Outcomes, Recorded, Synthetic
-from xlpk.simulator.rules import Rules, SimRequest
+from xlpk.simulator.rules import Rules, SimRequest, drops_tokens
 from xlpk.simulator.trace import Trace
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Proposer
-from xlpk.workload import Request
+from xlpk.workload import Request, Sampling
 
 
 class SimulatedBackend:
@@ -46,13 +48,13 @@ class SimulatedBackend:
         hardware: Hardware,
         *,
         cache: Path | None = None,
-        max_num_seqs: int = 16,
-        max_step_rows: int = 64,
-        prefill_chunk: int = 32,
-        max_waiting: int = 256,
-        policy: str = "fcfs",
-        ageing_steps: int = 64,
-        planner: str = "auto",
+        max_num_seqs: int = Scheduler.max_num_seqs,
+        max_step_rows: int = Scheduler.max_step_rows,
+        prefill_chunk: int = Scheduler.prefill_chunk,
+        max_waiting: int = Scheduler.max_waiting,
+        policy: str = Scheduler.policy,
+        ageing_steps: int = Scheduler.ageing_steps,
+        planner: str = Scheduler.planner,
         spec: Proposer | None = None,
         acceptance: Acceptance | None = None,
         trace: bool = False,
@@ -98,12 +100,11 @@ class SimulatedBackend:
             if choice.control == "compiled":
                 sizes = (self.limits, plan, self.spec, self.acceptance, eos_ids, vocab)
                 proposes = choice.acceptance_rate is not None
-                plane = CompiledPlane(
-                    self._cache, *sizes, outcomes, proposes=proposes, trace=trace, publish_ns=publish_ns
-                )
+                compiled = CompiledDecodePlane if role == "decode" else CompiledPlane
+                plane = compiled(self._cache, *sizes, outcomes, proposes=proposes, trace=trace, publish_ns=publish_ns)
             else:
-                kind = DecodePlane if role == "decode" else ControlPlane
-                plane = kind(rules, outcomes, trace, publish_ns=publish_ns)
+                plain = DecodePlane if role == "decode" else ControlPlane
+                plane = plain(rules, outcomes, trace, publish_ns=publish_ns)
             paid = _without_moves(costs) if role == "decode" else costs  # they were paid on the way
             self._workers.append(Worker(plane, paid, role))
         self._report.launches = len(roles) if self.orchestration == "persistent" else 0
@@ -286,6 +287,17 @@ class SimulatedBackend:
             self._report.syncs += len(self._workers)
         self._workers = []
         return self._report
+
+
+def cost_notes(choice: Choice, sampling: Sampling) -> list[str]:
+    """What the costs of a simulated run leave out of it, a line each. Raises InputError for a broken file."""
+    if (
+        choice.costs is None
+        or not drops_tokens(sampling.values())
+        or any(read_costs(Path(choice.costs)).costs.filter_ns)
+    ):
+        return []
+    return [f"backend.costs={choice.costs}: no run of that fit had top-k, top-p or min-p: filtering costs nothing here"]
 
 
 def _without_moves(costs: PricedCosts) -> PricedCosts:

@@ -7,8 +7,9 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 
 from xlpk.backend import Event, StepDone
+from xlpk.backends.compiled_decode import CompiledDecodePlane
 from xlpk.backends.compiled_plane import CompiledPlane
-from xlpk.costs import PricedCosts, priced
+from xlpk.costs import COUNTS, PricedCosts, priced
 from xlpk.simulator.control import ControlPlane
 from xlpk.simulator.kv import KV
 from xlpk.simulator.outcomes import Outcomes
@@ -119,13 +120,7 @@ class Worker:
         self.committed = plane.in_flight
         planned = plane.round(now_ns)
         if planned is not None:
-            took = self.costs.costs.step_ns(
-                planned.n_rows,
-                planned.n_sample_rows,
-                planned.context_tokens,
-                planned.attended_tokens,
-                planned.n_moves,
-            )
+            took = self.costs.costs.step_ns(*(getattr(planned, name) for name in COUNTS))
             self._step_ends_ns = now_ns + max(took, 1)
         elif not plane.idle and self.committed is not None:
             self._wake_ns = now_ns  # what the commit made room for is looked at again
@@ -133,6 +128,8 @@ class Worker:
         plane.events.clear()
         publish_ns = round(self.costs.costs.publish_ns)
         for record in plane.records:
+            assert self.committed is not None
+            record["n_filter_rows"] = self.committed.n_filter_rows
             events.append(StepDone(record["step"], now_ns + publish_ns, record, self._phase_ns(record)))
         plane.records.clear()
         return events
@@ -149,7 +146,7 @@ class Worker:
         while self._arrivals and self._arrivals[0].visible_ns <= now_ns:
             arrival = self._arrivals[0]
             if arrival.output:
-                assert isinstance(self.plane, DecodePlane)
+                assert isinstance(self.plane, DecodePlane | CompiledDecodePlane)
                 self.plane.adopt(arrival.request, arrival.output, arrival.deadline_ns)
             elif not self.plane.submit(arrival.request):
                 self.full = True

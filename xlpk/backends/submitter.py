@@ -23,6 +23,7 @@ from xlpk.backends.spans import read_spans
 from xlpk.errors import BackendError, InputError
 from xlpk.kv import KVPlan
 from xlpk.model import Model
+from xlpk.settings import Scheduler
 from xlpk.speculation import Acceptance, Keyed, NoSpec, Proposer
 from xlpk.toolchain import build_cpu_library
 from xlpk.trace import SPAN
@@ -45,16 +46,16 @@ class Submitter:
         self,
         *,
         cache: Path,
-        max_num_seqs: int = 16,
-        max_step_rows: int = 64,
-        prefill_chunk: int = 32,
-        max_waiting: int = 256,
-        policy: str = "fcfs",
-        ageing_steps: int = 64,
+        max_num_seqs: int = Scheduler.max_num_seqs,
+        max_step_rows: int = Scheduler.max_step_rows,
+        prefill_chunk: int = Scheduler.prefill_chunk,
+        max_waiting: int = Scheduler.max_waiting,
+        policy: str = Scheduler.policy,
+        ageing_steps: int = Scheduler.ageing_steps,
         spec: Proposer | None = None,
         acceptance: Acceptance | None = None,
         library: CpuLibrary | None = None,
-        planner: str = "auto",
+        planner: str = Scheduler.planner,
         trace: bool = False,
         spans: int = 0,
     ) -> None:

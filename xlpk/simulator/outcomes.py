@@ -30,6 +30,13 @@ class Outcomes:
         """At most `wanted` drafts; None: the proposer of the rules makes them."""
         return None
 
+    def all_drafts(self, sequence: Sequence, count: int) -> list[int]:
+        """Of outcomes that propose: the drafts of its first `count` output tokens, one a place whenever it is drafted.
+
+        ~draft where a verification that begins there has no drafts.
+        """
+        raise NotImplementedError
+
     def verify(self, sequence: Sequence, drafts: Tokens[int]) -> tuple[list[int], int]:
         """-> (tokens that the request emits: the drafts that hold, then one of the target's own; drafts that hold)."""
         index = len(sequence.tokens) - sequence.prompt_len
@@ -107,10 +114,19 @@ class Synthetic(Outcomes):
         if self._rate is None:
             return None
         index = sequence.n_output
-        if self._uniform(sequence, index, 1) >= self._hit_rate:
-            return []
+        return self._drafts(sequence, index, wanted) if self._finds(sequence, index) else []
+
+    def all_drafts(self, sequence: Sequence, count: int) -> list[int]:
+        drafts = self._drafts(sequence, 0, count)
+        return [draft if self._finds(sequence, index) else ~draft for index, draft in enumerate(drafts)]
+
+    def _finds(self, sequence: Sequence, index: int) -> bool:
+        return self._hit_rate == 1 or self._uniform(sequence, index, 1) < self._hit_rate
+
+    def _drafts(self, sequence: Sequence, begin: int, count: int) -> list[int]:
+        assert self._rate is not None
         drafts = []
-        for place in range(index, index + wanted):
+        for place in range(begin, begin + count):
             token = self.token(sequence, place)
             holds = self._uniform(sequence, place, 2) < self._rate
             drafts.append(token if holds else (token + 1) % self._vocab_size)

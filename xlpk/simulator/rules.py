@@ -90,6 +90,24 @@ class Rules:
         )
 
 
+class Filters(Protocol):
+    """What `drops_tokens` reads of a Request or of SamplingValues."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+
+
+def drops_tokens(values: Filters) -> bool:
+    """Whether rows sampled so take the filter phase; rows with logprobs do as well."""
+    return (values.top_k > 0 or values.top_p < 1 or values.min_p > 0) and values.temperature > 0
+
+
 @dataclass(frozen=True, slots=True)
 class SimRequest:
     """A request as the control plane sees it: no weights, no logits, no text."""
@@ -116,7 +134,6 @@ class SimRequest:
 
     @staticmethod
     def of(request: Request) -> SimRequest:
-        drops = request.top_k > 0 or request.top_p < 1 or request.min_p > 0
         return SimRequest(
             request.request_id,
             request.prompt,
@@ -130,6 +147,6 @@ class SimRequest:
             share=request.share_prefix,
             pin=request.pin,
             oracle=request.oracle,
-            filtered=(drops and request.temperature > 0) or request.logprobs is not None,
+            filtered=drops_tokens(request) or request.logprobs is not None,
             n_bias=len(request.logit_bias),
         )

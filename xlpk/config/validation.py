@@ -1,29 +1,21 @@
-"""The schema in Hydra's ConfigStore, and what refuses a config: `validate` and `explain`, one line each.
-
-conf/*.yaml picks values; classes here and in the layers below own fields, types, defaults and units. Nothing is
-instantiated by name from a file: `OmegaConf.to_object` turns the nodes into the objects that the engine takes.
-"""
+"""`validate`: everything that can be refused without a model, and the Settings of what cannot."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import secrets
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, replace
-from importlib import resources
+from dataclasses import fields, replace
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from xlpk import launchers, layout
+from xlpk import layout
+from xlpk.config.refusals import from_omegaconf, short
+from xlpk.config.schema import GROUPS, WHOLE, Config, groups, node_name
 from xlpk.dtypes import ELEMENT_BYTES, KV_DTYPES
-from xlpk.errors import InputError, shown
-from xlpk.hardware import Hardware
-from xlpk.kv import EVICTIONS, KV, PREEMPTIONS
+from xlpk.errors import InputError
+from xlpk.kv import EVICTIONS, PREEMPTIONS
 from xlpk.settings import (
     MAX_TRACE_SPANS,
     MODES,
@@ -35,101 +27,15 @@ from xlpk.settings import (
     HfBackend,
     LaunchedBackend,
     MlflowTracking,
-    Mode,
-    ModelChoice,
-    NoTracking,
     PersistentBackend,
-    Quality,
-    Run,
-    Scheduler,
     Settings,
     SimulatedBackend,
 )
-from xlpk.slo import Slo
-from xlpk.speculation import Forced, Greedy, Keyed, Ngram, NoSpec, Oracle
-from xlpk.workload import WORKLOADS, Sampling, check_sampling, is_text
+from xlpk.speculation import Forced, Ngram, NoSpec, Oracle
+from xlpk.workload import check_sampling, is_text
 
-PACKAGE = "xlpk.conf"
-GROUPS: dict[str, tuple[type, ...]] = {
-    "backend": (
-        AutoBackend,
-        CpuBackend,
-        PersistentBackend,
-        LaunchedBackend,
-        GraphBackend,
-        HfBackend,
-        SimulatedBackend,
-    ),
-    "spec": (NoSpec, Ngram, Oracle),
-    "acceptance": (Keyed, Greedy, Forced),
-    "workload": WORKLOADS,
-    "tracking": (MlflowTracking, NoTracking),
-}
-WHOLE: dict[str, type] = {  # nodes of one class
-    "mode": Mode, "kv": KV, "model": ModelChoice, "sampling": Sampling, "scheduler": Scheduler, "run": Run,
-    "quality": Quality, "slo": Slo, "hardware": Hardware,
-}  # fmt: skip
 MAX_NGRAM = 8  # tokens
 PLANNERS = ("auto", "team", "inline")
-UNKNOWN = "..."  # a value that Hydra does not hand on
-
-
-@dataclass
-class Config:
-    """The composed config. Fields of type Any hold one of the group's classes."""
-
-    backend: Any = None
-    mode: Mode = field(default_factory=Mode)
-    spec: Any = None
-    acceptance: Any = None
-    kv: KV = field(default_factory=KV)
-    model: ModelChoice = field(default_factory=ModelChoice)
-    workload: Any = None
-    sampling: Sampling = field(default_factory=Sampling)
-    scheduler: Scheduler = field(default_factory=Scheduler)
-    tracking: Any = None
-    quality: Quality = field(default_factory=Quality)
-    slo: Slo = field(default_factory=Slo)
-    hardware: Hardware = field(default_factory=Hardware)
-    run: Run = field(default_factory=Run)
-
-
-def register() -> None:
-    """Schema nodes and resolvers; once a process, before Hydra composes."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for group, nodes in GROUPS.items():
-        for node in nodes:
-            store.store(group=f"schema/{group}", name=node_name(node), node=node)
-    # Cached by Hydra for all jobs of a sweep; two runs started in one second do not share a folder.
-    OmegaConf.register_new_resolver("xlpk_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("xlpk_groups", _groups_help, replace=True)
-    OmegaConf.register_new_resolver("xlpk_jobs", launchers.jobs_of, replace=True)
-    OmegaConf.register_new_resolver("xlpk_cores", launchers.threads_of, replace=True)
-
-
-def node_name(node: Any) -> str:
-    """The `name` that a group's class has by default: its option's name."""
-    for item in fields(node):
-        if item.name == "name" and item.default is not MISSING:
-            return str(item.default)
-    raise TypeError(f"{node.__name__} needs a name")
-
-
-def options(group: str) -> list[str]:
-    """The choices of a group: the YAML files of its folder."""
-    folder = resources.files(PACKAGE).joinpath(group)
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def groups() -> list[str]:
-    others = ("hydra",)  # Hydra's own groups; its launchers are named in config.yaml and docs/scale.md
-    names = [entry.name for entry in resources.files(PACKAGE).iterdir() if entry.is_dir()]
-    return sorted(name for name in names if not name.startswith("_") and name not in others)
-
-
-def _groups_help() -> str:
-    return "\n".join(f"{group + ':':12}{', '.join(options(group))}" for group in groups())
 
 
 def validate(cfg: DictConfig) -> Settings:
@@ -138,7 +44,7 @@ def validate(cfg: DictConfig) -> Settings:
         config = OmegaConf.to_object(cfg)
         resolved = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise _from_omegaconf(error) from None
+        raise from_omegaconf(error) from None
     assert isinstance(resolved, dict)
     if not isinstance(config, Config):
         raise InputError("config", type(config).__name__, "the schema of xlpk, first in the defaults list")
@@ -202,14 +108,14 @@ def _check_texts(key: str, value: Any) -> None:
 def _check_nodes(config: Config) -> None:
     for name, whole in WHOLE.items():
         if not isinstance(getattr(config, name), whole):
-            raise InputError(name, _short(getattr(config, name)), f"an option or keys: {name}.KEY=VALUE")
+            raise InputError(name, short(getattr(config, name)), f"an option or keys: {name}.KEY=VALUE")
     for group, nodes in GROUPS.items():
         node: Any = getattr(config, group)
         if type(node) not in nodes:
-            raise InputError(group, _short(node), f"one of {', '.join(map(node_name, nodes))}")
+            raise InputError(group, short(node), f"one of {', '.join(map(node_name, nodes))}")
         _one_of(f"{group}.name", node.name, [node_name(type(node))])
         for extra in set(vars(node)) - {item.name for item in fields(type(node))}:
-            raise InputError(f"{group}.{extra}", _short(vars(node)[extra]), f"no such key of {group}={node.name}")
+            raise InputError(f"{group}.{extra}", short(vars(node)[extra]), f"no such key of {group}={node.name}")
     _one_of("mode.name", config.mode.name, MODES)
     if isinstance(config.backend, CpuBackend):
         _one_of("backend.orchestration", config.backend.orchestration, ORCHESTRATIONS)
@@ -356,70 +262,4 @@ def _milliseconds(name: str, value: float) -> None:
 
 def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
-        raise InputError(name, _short(value), f"one of {', '.join(allowed)}")
-
-
-def _short(value: object) -> str:
-    return shown(" ".join(str(value).split()), 80)
-
-
-def explain(error: Exception, argv: Iterable[str] = ()) -> InputError:
-    """Hydra's own refusals (unknown key or option, wrong type, syntax) as one InputError; `argv` has what was typed."""
-    refused = _explain(error)
-    if not refused.field:  # `=` alone
-        refused = InputError("command line", refused.value or "''", refused.allowed)
-    if refused.value == UNKNOWN:
-        typed = [text.partition("=")[2] for text in argv if text.partition("=")[0].lstrip("+~") == refused.field]
-        return InputError(refused.field, _short(typed[-1]) if typed else UNKNOWN, refused.allowed)
-    return refused
-
-
-def _explain(error: Exception) -> InputError:
-    if isinstance(error, OverrideParseException):
-        hint = "key=value; spaces, commas and brackets go in quotes, as in 'workload.prompt=\"def f(n):\"'"
-        return InputError("command line", _short(error.override), hint)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        if group == "hydra/launcher" and option in launchers.PLUGIN_OF:
-            return InputError(group, option, launchers.install(launchers.PLUGIN_OF[option]))
-        return InputError(group or "config", option, _suggest(option, [o for o in error.options or [] if o]))
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, OmegaConfBaseException):
-        return _from_omegaconf(cause)
-    text = str(error)
-    if "Multiple values for" in text:
-        return InputError("command line", _short(text.splitlines()[0]), "one value a group, without a leading +")
-    if "looks like a config group override" in text or "Could not override" in text:
-        key = text.split("'")[1] if "'" in text else text
-        return InputError(key, UNKNOWN, _suggest(key, groups()))
-    if "Ambiguous value" in text or "requires --multirun" in text:
-        typed = text.split("'")[1] if "'" in text else text
-        return InputError("command line", _short(typed), "one value, or -m for a sweep; a list goes in [ ]")
-    return InputError("command line", _short(text or "an override without a key"), "see python -m xlpk.run --help")
-
-
-def _from_omegaconf(error: OmegaConfBaseException) -> InputError:
-    key = str(error.full_key or error.key or "config")
-    parent = error.parent_node
-    message = str(error.msg or error).splitlines()[0]
-    if "not in" in message and isinstance(parent, DictConfig):
-        known = [str(name) for name in parent if name != "hydra"]
-        where = key.rpartition(".")[0]
-        title = f"{where}={parent.name}" if where and "name" in known else where or "the config"
-        hint = _suggest(key.rpartition(".")[2], [name for name in known if name != "name"])
-        return InputError(key, UNKNOWN, f"no such key of {title}; {hint}")
-    if "Missing mandatory value" in message:
-        return InputError(key, "???", f"a value is needed: {key}=...")
-    return InputError(key, _short(error.value) if error.value is not None else UNKNOWN, _short(message))
-
-
-def _suggest(typed: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(typed, known, n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
-    return f"{guess}one of {', '.join(sorted(known))}"
-
-
-# The last three: Hydra on a list or a number where a group's option belongs, and on an override without a key.
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, TypeError, AssertionError, AttributeError)
+        raise InputError(name, short(value), f"one of {', '.join(allowed)}")
