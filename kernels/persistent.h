@@ -7,13 +7,14 @@
 
 namespace xl {
 
-// Thread 0 of team 0. State is kept from launch to launch; clocks of leases start anew.
+// Thread 0 of team 0. State is kept from launch to launch.
 XL_FN void begin_launch(const Params& p) {
-  LoopState& state = *p.state;
-  ++state.n_launches;
-  ++state.n_check_ins;
-  state.launched_ns = state.busy_ns = state.beat_ns = clock_ns();
+  ++p.state->n_launches;
+  ++p.state->n_check_ins;
 }
+
+// Thread 0 of team 0, when all teams are there: a census that takes as long as the lease must not end the launch without a step.
+XL_FN void begin_lease(const Params& p) { p.state->launched_ns = p.state->busy_ns = p.state->beat_ns = clock_ns(); }
 
 // Team 0, while there is nothing to run, or no room in the rings for what would come of it: waits up to a millisecond for the
 // host, so that the barrier's deadline holds. Tells the host the time if it asks.
@@ -112,6 +113,7 @@ XL_FN void persistent_loop(Team& team, Grid& grid, const Params& p, const Dims& 
     if (!await_planner(team, grid, p.state->n_check_ins, p.census_ns, AbortReason::kCensusTimeout)) return;
   }
   if (!grid.census(team, p.census_ns)) return;
+  if (grid.team == 0 && team.thread() == 0) begin_lease(p);
   grid.spans = team_spans(p, grid.team);
   uint64_t step = 0;  // of this launch: the last that ran
   for (;;) {

@@ -26,8 +26,8 @@ struct HostTeam : HostLanes {
   Tiles tiles_;
 #endif
 
-  // `packed`: memory for packed_elements of WidePanel<bf16, bf16>::rows activations of the longest matrix, on a 64-byte line; null: panels of few
-  // rows alone.
+  // `packed`: memory for packed_elements of WidePanel<bf16, bf16>::rows activations of the longest matrix, on a 64-byte line;
+  // null: panels of few rows alone.
   explicit HostTeam(float* scratch, bf16* packed = nullptr) : scratch_(scratch), packed_(packed) {}
   int thread() const { return 0; }
   void forget() {}

@@ -20,6 +20,7 @@ template <>
 struct WidePanel<bf16, bf16> {
   static constexpr int block = kTileRows, rows = 256;
   static constexpr bool always = true;
+  static constexpr bool takes(int, int) { return true; }
 };
 
 // Activations are held by groups of 16 rows, [groups, k / 32, 16 pairs, columns]; fewer than 16 rows are one group of so many

@@ -30,7 +30,8 @@ XL_FN int group_registers(int count, int group) { return count - group * kGroupR
 
 // bf16 of packed activations, and behind them the sums put aside: one for each virtual lane, weight and row of a group.
 XL_FN size_t put_aside_elements(int k) {
-  return k > kLaneStretch || k % kLaneStep != 0 ? size_t(kVirtualLanes) * WidePanel<bf16, bf16>::block * kGroupRows * sizeof(float) / sizeof(bf16) : 0;
+  if (k <= kLaneStretch && k % kLaneStep == 0) return 0;
+  return size_t(kVirtualLanes) * WidePanel<bf16, bf16>::block * kGroupRows * sizeof(float) / sizeof(bf16);
 }
 XL_FN size_t packed_elements(int count, int k) {
   return size_t(lane_groups(count)) * kGroupRows * size_t(k) + put_aside_elements(k);

@@ -170,4 +170,27 @@ void shim_dot(const void* w, int32_t type, const void* x, int32_t rounded, int32
   }
 }
 
+// Whether `count` rows of bf16 are multiplied in another way than few.
+int32_t shim_takes_many(int32_t count, int32_t k) { return WidePanel<bf16, bf16>::takes(count, k); }
+
+// The noise of tokens `token` .. `token` + width <= 16.
+void shim_gumbel_tile(uint64_t seed, int32_t position, int32_t token, int32_t width, float* out) {
+  float noise[16] = {};
+  gumbel_tile(seed, position, token, width, noise);
+  memcpy(out, noise, size_t(width) * sizeof(float));
+}
+
+// The best of n values, by tiles of 16.
+uint64_t shim_keep_best(const float* values, int32_t token, int32_t n) {
+  uint64_t best = 0;
+  for (int32_t i = 0; i < n; i += 16) {
+    const int width = n - i < 16 ? n - i : 16;
+    float tile[16] = {};
+    memcpy(tile, values + i, size_t(width) * sizeof(float));
+    for (int j = width; j < 16; ++j) tile[j] = 1e30f;  // beyond the tile's end: no candidates
+    keep_best(tile, token + i, width, &best);
+  }
+  return best;
+}
+
 }  // extern "C"

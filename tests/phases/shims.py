@@ -24,6 +24,7 @@ class Shim:
         build = build_shared(Path(__file__).with_name("shim.cpp"), cache, extra_flags=extra_flags)
         self.dll = ctypes.CDLL(str(build.path))
         self.dll.shim_sampling_value.restype = ctypes.c_float
+        self.dll.shim_keep_best.restype = ctypes.c_uint64
 
     def map(self, name: str, values: Array, result: Any = np.float32) -> Array:
         """shim_<name> over a 1-D array."""
@@ -112,6 +113,21 @@ class Shim:
         out = np.full(32, np.nan, np.float32)
         self.dll.shim_store_some(_address(values), count, int(plain), _address(out))
         return out
+
+    def gumbel_tile(self, seed: int, position: int, token: int, width: int) -> Array:
+        """[width], width <= 16: of tokens `token` .. `token + width`."""
+        out = np.empty(width, np.float32)
+        self.dll.shim_gumbel_tile(ctypes.c_uint64(seed), position, token, width, _address(out))
+        return out
+
+    def keep_best(self, values: Array, token: int) -> int:
+        """The candidate that stays of [n] values of tokens `token` .. `token + n`; 0: none."""
+        values = np.ascontiguousarray(values, np.float32)
+        return int(self.dll.shim_keep_best(_address(values), token, values.size))
+
+    def takes_many(self, count: int, k: int) -> bool:
+        """Whether so many rows of bf16 are multiplied in another way than few."""
+        return bool(self.dll.shim_takes_many(count, k))
 
     def dot(self, w: Array, x: Array, *, plain: bool) -> Array:
         """w [n, k] as dtypes.NUMPY_DTYPE holds it, x [count, k] float32 or bf16 -> [count, n]"""
