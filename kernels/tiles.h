@@ -39,9 +39,6 @@ struct MatrixIn<W, WeightLayout::kTiles> {
 template <class Dims>
 using MatrixOf = typename MatrixIn<typename Dims::Weight, Dims::weight_layout>::type;
 
-// An output of a projection with its bias, where there is one.
-XL_FN float biased(float value, const float* bias, int n) { return bias ? value + bias[n] : value; }
-
 // visit(j) for j < width <= Tile. Whole tiles are a loop of constant length, which a host's compiler makes vectors of.
 template <int Tile, class Visit>
 XL_FORCED void for_width(int width, Visit visit) {
@@ -120,8 +117,9 @@ XL_FN void dot_tiles(Team& team, Rows row, int begin, int end, const A* x, int s
     using Wide = decltype(Team::wide_panel_of(row(0, 0), x));
     if constexpr (Wide::rows > 0) {
       if (wide_panel_takes<Wide>(team, count, k)) {
-        for (int r = 0; r < count; r += Wide::rows) {
-          const int rows = count - r < Wide::rows ? count - r : Wide::rows;
+        const int parts = (count + Wide::rows - 1) / Wide::rows, most = (count + parts - 1) / parts;  // alike, or the last is poor
+        for (int r = 0; r < count; r += most) {
+          const int rows = count - r < most ? count - r : most;
           const A* packed = team.pack(x + size_t(r) * stride, stride, k, rows);
           for (int n = begin; n < end; n += kTile) panel_rows<M, Wide>(team, row, n, end, packed, 0, k, r, rows, sink);
         }

@@ -57,6 +57,8 @@ def read_run(folder: Path) -> Run:
         raise InputError("RUN", folder, "a run whose steps say attended_tokens: measure it again")
     if len(log.steps) < MIN_STEPS:
         raise InputError("RUN", folder, f"at least {MIN_STEPS} steps; it has {len(log.steps)}")
+    if config.get("sampling", {}).get("logprobs") is not None:  # the phase `filter` then does other work than filtering
+        raise InputError("RUN", folder, "a run without sampling.logprobs")
     build = record.read_json(folder / record.BUILD)
     facts = {
         "processor": build.get("processor"),

@@ -228,7 +228,16 @@ def _values(solution: _Solution) -> dict[str, float | tuple[float, ...]]:
 def _unidentified(steps: Measured) -> tuple[str, ...]:
     """Columns that are zero throughout, or that the others add up to."""
     names, columns = _columns(steps, _top(steps.n_rows), _top(steps.n_sample_rows))
-    columns = columns / np.maximum(steps.forward_ns, 1.0)[:, None]
+    filtered = steps.take(steps.n_filter_rows > 0)
+    if not len(filtered):
+        return (*_dependent(names, columns, steps.forward_ns), "filter_ns")
+    filters = _filter_columns(filtered, _top(filtered.n_filter_rows))
+    filter_names = [f"filter_ns[{i}]" for i in range(filters.shape[1])]
+    return (*_dependent(names, columns, steps.forward_ns), *_dependent(filter_names, filters, filtered.filter_ns))
+
+
+def _dependent(names: Sequence[str], columns: Array, target: Array) -> tuple[str, ...]:
+    columns = columns / np.maximum(target, 1.0)[:, None]
     out = []
     for i, name in enumerate(names):
         column, others = columns[:, i], np.delete(columns, i, axis=1)
@@ -236,4 +245,4 @@ def _unidentified(steps: Measured) -> tuple[str, ...]:
         left = column - others @ np.linalg.lstsq(others, column, rcond=None)[0]
         if size == 0 or float(np.linalg.norm(left)) < _LINKED * size:
             out.append(name)
-    return (*out, *([] if steps.n_filter_rows.any() else ["filter_ns"]))
+    return tuple(out)

@@ -102,6 +102,7 @@ def hardware_costs(model: ModelConfig, dtype: str, plan: KVPlan, hardware: Hardw
     attended_flops = 4 * model.num_attention_heads * model.head_dim * model.num_hidden_layers
     phases["attend"] = StepCosts(context_ns=plan.token_bytes / hardware.bytes_per_ns, attended_ns=attended_flops / rate)
     phases["move"] = StepCosts(move_ns=plan.page_bytes / hardware.bus_gb_per_s)
+    # A staircase of rounds of all teams, exact at the knots of a curve: between two of them a round is smeared.
     row_filter_ns = _FILTER_READS * 4 * model.vocab_size / hardware.team_gb_per_s  # logits are fp32
     phases["filter"] = StepCosts(filter_ns=_at_knots(lambda n: -(-n // hardware.teams) * row_filter_ns))
     control = StepCosts(control_ns=1e3 * hardware.control_us, control_row_ns=1e3 * hardware.control_row_us)

@@ -209,9 +209,9 @@ def _why(error: BaseException) -> dict[str, str]:
 
 
 def _names_hardware(overrides: list[str], chosen: str) -> bool:
-    """Whether the `hardware` group was chosen: by what was typed, or by an overlay that left its default."""
+    """Whether the machine's bandwidth was said: by its group, by the number, or by an overlay that left the default."""
     keys = [text.partition("=")[0].lstrip("+~") for text in overrides]
-    return chosen != Hardware.name or any(key.partition(".")[0] == "hardware" for key in keys)
+    return chosen != Hardware.name or any(key in ("hardware", "hardware.memory_gb_per_s") for key in keys)
 
 
 def _run(cfg: DictConfig, folder: Path, facts: dict[str, Any], watch: Watch | None, make: MakeBackend | None) -> int:

@@ -564,7 +564,7 @@ struct LoopState {
   uint64_t span_ticks;  // 0: their ticks are nanoseconds
   uint64_t n_launches;  // launches of the persistent loop
   uint64_t n_check_ins;  // that the planner team owes
-  uint64_t launched_ns;  // device clock when this launch began
+  uint64_t launched_ns;  // device clock when all teams of this launch were there
   uint64_t busy_ns;  // device clock when there was work last
   uint64_t beat;  // the host's heartbeat as it was seen last
   uint64_t beat_ns;  // device clock when it changed

@@ -112,9 +112,11 @@ XL_FORCED void weigh_heads(Team& team, Value value, int from, int to, int heads,
     for (int i = 0; i < width; i += kVirtualLanes)
       if (mine()) weigh_values<4>(team, at(i), from, to, scores + g * kAttentionSpan, to_head(i));
   if constexpr (!Team::lane_groups) {  // a third copy costs a GPU registers
-    for (; most >= 3 && g + 3 == heads; g += 3)
+    if (most >= 3 && g + 3 == heads) {
       for (int i = 0; i < width; i += kVirtualLanes)
         if (mine()) weigh_values<3>(team, at(i), from, to, scores + g * kAttentionSpan, to_head(i));
+      g += 3;
+    }
   }
   for (; most >= 2 && g + 2 <= heads; g += 2)
     for (int i = 0; i < width; i += kVirtualLanes)

@@ -51,13 +51,13 @@ XL_FN void phase_lm_head(Team& team, const Grid& grid, const Params& p, const Di
         keep_best(logits, n, width, &best[2 * r]);
       }
     });
-    if (team.lane() == 0) {
-      for (int r = 0; r < count; ++r) {
-        const Slot& slot = p.slots[p.rows[p.sample_rows[first + r]].slot];
-        if (!slot.filtered && !(slot.temperature > 0.0f)) best[2 * r] = best[2 * r + 1];  // greedy: the logit is what is sampled by
-      }
-      for (int i = 0; i < count * 2; ++i) max_relaxed(&p.best[2 * first + i], best[i]);
+    team.warp_sync();
+    for (int r = team.lane(); r < count; r += Team::lanes) {  // what is greedy is sampled by its logits
+      const Slot& slot = p.slots[p.rows[p.sample_rows[first + r]].slot];
+      if (!slot.filtered && !(slot.temperature > 0.0f)) best[2 * r] = best[2 * r + 1];
     }
+    team.warp_sync();
+    for (int i = team.lane(); i < count * 2; i += Team::lanes) max_relaxed(&p.best[2 * first + i], best[i]);
     team.sync();  // the next tile overwrites `normed`
   }
 }

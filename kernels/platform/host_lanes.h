@@ -24,7 +24,7 @@ struct WidePanel<bf16, bf16> {
 constexpr int kGroupRows = 32, kLaneStretch = 2048;  // rows; elements
 constexpr int kLaneStep = 2 * kVirtualLanes;         // elements: a pair for each virtual lane
 
-XL_FN int lane_groups(int count) { return (count + kGroupRows - 1) / kGroupRows; }
+XL_FN int row_groups(int count) { return (count + kGroupRows - 1) / kGroupRows; }
 // Registers of 16 rows that hold a group's rows.
 XL_FN int group_registers(int count, int group) { return count - group * kGroupRows > 16 ? 2 : 1; }
 
@@ -34,19 +34,17 @@ XL_FN size_t put_aside_elements(int k) {
   return size_t(kVirtualLanes) * WidePanel<bf16, bf16>::block * kGroupRows * sizeof(float) / sizeof(bf16);
 }
 XL_FN size_t packed_elements(int count, int k) {
-  return size_t(lane_groups(count)) * kGroupRows * size_t(k) + put_aside_elements(k);
+  return size_t(row_groups(count)) * kGroupRows * size_t(k) + put_aside_elements(k);
 }
 
 // The i-th of virtual lanes 0 .. 15 in the order in which the tree takes them.
-XL_FN int lane_at(int i) {
-  return i / 4 + i % 2 * 8 + i / 2 % 2 * 4;
-}
+XL_FN int lane_at(int i) { return i / 4 + i % 2 * 8 + i / 2 % 2 * 4; }
 
 // The `count` <= WidePanel::rows rows of x, k elements each, for `multiply_lanes`. `to`: packed_elements(count, k), on 64 bytes, as
 // [groups, stretches, 16 as lane_at, steps, lanes v and v + 16, registers of the group, 16 rows] of pairs; a last half step has v
 // alone.
 __attribute__((noinline)) inline const bf16* pack_rows(const bf16* x, int stride, int k, int count, bf16* to) {
-  for (int group = 0; group < lane_groups(count); ++group) {
+  for (int group = 0; group < row_groups(count); ++group) {
     const int registers = group_registers(count, group);
     for (int begin = 0; begin < k; begin += kLaneStretch) {
       const int length = k - begin < kLaneStretch ? k - begin : kLaneStretch;
@@ -55,7 +53,7 @@ __attribute__((noinline)) inline const bf16* pack_rows(const bf16* x, int stride
       for (int c = 0; c < registers; ++c) {
         const int first = group * kGroupRows + 16 * c, rows = count - first < 16 ? count - first : 16;
         for (int i = 0; i < length; i += kVirtualLanes) {
-          alignas(64) uint32_t pairs[16][16];
+          alignas(64) uint32_t pairs[16][16] = {};
           transpose(x + size_t(first) * stride + begin + i, size_t(stride) / 2, rows, 16, pairs, 16);
           uint32_t* from = at + (size_t(i / kVirtualLanes) * registers + c) * 16;
           for (int j = 0; j < 16; ++j) _mm512_store_si512(from + j * pair_words, _mm512_load_si512(pairs[lane_at(j)]));
@@ -108,8 +106,8 @@ struct LaneStretch {
   const uint32_t* x;  // of the next virtual lanes
   const char* ahead;  // a cache line of it is fetched beside each step
   int ahead_step;     // 64, or 0: nothing is to be fetched
-  int steps;      // none: there is nothing but the half
-  bool half;  // a last step with lanes 0 .. 15 alone
+  int steps;          // none: there is nothing but the half
+  bool half;          // a last step with lanes 0 .. 15 alone
 
   // sums += products of a lane's pairs, the first at byte `at` of the rows.
   XL_FORCED void add_step(LaneSums<N, C>& sums, size_t at, const uint32_t* from) const {
@@ -190,7 +188,7 @@ __attribute__((noinline)) void add_stretch(LaneStretch<N, C> stretch, bool first
     if (stretch.half) {
       stretch.add_step(low, size_t(v) * 4 + size_t(stretch.steps) * kLaneStep * sizeof(bf16), stretch.x);
       stretch.x += C * 16;
-      // Lane v + 16 gets products of zeros, which flush its sum if it is subnormal.
+      // Products of zeros make +0 of the -0 that an underflow left, as for a row alone.
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n)
 #pragma GCC unroll 2
@@ -226,8 +224,8 @@ __attribute__((noinline)) void multiply_group(const bf16* const (&w)[16], const 
       stretch.x = reinterpret_cast<const uint32_t*>(x + size_t(begin) * C * 16);
       stretch.steps = length / kLaneStep;
       stretch.half = length % kLaneStep != 0;
-      // Half of the passes fetch a line of the next panel beside each step.
-      const bool fetch = next && 2 * pass < kPasses;
+      // Two passes, with a line of the next panel beside each step, fetch all of it.
+      const bool fetch = next && pass < 2;
       stretch.ahead = fetch ? reinterpret_cast<const char*>(next + size_t(begin) * 16) + size_t(pass) * 16 * stretch.steps * 64
                             : reinterpret_cast<const char*>(stretch.w[0]);
       stretch.ahead_step = fetch ? 64 : 0;
@@ -250,8 +248,8 @@ __attribute__((noinline)) void multiply_group(const bf16* const (&w)[16], const 
 // next, contiguous, which is fetched meanwhile, or null. The last weight row may be named several times.
 inline void multiply_lanes(const bf16* const (&w)[16], const bf16* x, int k, int count, const bf16* next, float* out,
                            int out_stride) {
-  float* aside = reinterpret_cast<float*>(const_cast<bf16*>(x) + size_t(lane_groups(count)) * kGroupRows * k);
-  for (int group = 0; group < lane_groups(count); ++group) {
+  float* aside = reinterpret_cast<float*>(const_cast<bf16*>(x) + size_t(row_groups(count)) * kGroupRows * k);
+  for (int group = 0; group < row_groups(count); ++group) {
     const bf16* from = x + size_t(group) * kGroupRows * k;
     float* to = out + size_t(group) * kGroupRows * out_stride;
     const int left = count - group * kGroupRows;

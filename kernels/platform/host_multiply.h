@@ -186,7 +186,7 @@ __attribute__((noinline)) void multiply_panel(const W* const (&w)[kPanelRows], c
   constexpr int kStretch = 4096 / int(sizeof(A)), kLine = 64, kManyPasses = 8, kShort = 128;
   if (count <= kPassRows && k <= kShort) {  // as keys are: too short for stretches of one row after the other
     const Stretch whole{0, k, true, true, nullptr};
-    return multiply_rows<2>(count, w, x, stride, whole, reinterpret_cast<const char*>(next), out, out_stride);
+    return multiply_rows<2>(count, w, x, stride, whole, reinterpret_cast<const char*>(next ? next : w[0]), out, out_stride);
   }
   switch (count) {
     case 1: return multiply_few<1>(w, x, stride, k, next, out, out_stride);

@@ -1,4 +1,4 @@
-// Tiles of 32-bit words turned over: rows of activations, a word of each of 16 rows beside the other.
+// Tiles of 32-bit words turned over: of activations, a pair of each of 16 rows side by side; of sums, back to rows.
 #pragma once
 
 #include "platform/host_chunk.h"

@@ -70,7 +70,7 @@ def test_leases_change_nothing_but_launches(model: Model, kind: str) -> None:
 def test_an_idle_loop_leaves_and_wakes(model: Model, kind: str) -> None:
     with session(model, idle_s=0.05, lease_s=0.0) as backend:
         expected = finish(backend, requests(1, 5)).tokens[0]
-        wait(lambda: backend.library.dll.xl_left(backend._params) == 1)
+        wait(lambda: backend.library.dll.xl_left(backend._params) == backend._report.launches)
         assert backend._mailbox["leave"][0] == layout.LeaveReason.IDLE
         launches = backend._report.launches
         time.sleep(0.1)

@@ -31,6 +31,7 @@ def test_shares_of_a_peak_by_hand() -> None:
         (["hardware=cpu"], "cpu", True),
         (["+hardware=cpu"], "cpu", True),
         (["hardware.memory_gb_per_s=50"], "cpu", True),
+        (["hardware.sync_us=3"], "cpu", False),
         (["workload.file=hardware"], "cpu", False),
         (["hardwares=1"], "cpu", False),
         ([], "h200", True),  # an experiment's

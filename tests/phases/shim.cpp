@@ -101,6 +101,11 @@ void shim_to_bf16(const float* x, uint16_t* out, uint64_t n) {
   for (uint64_t i = 0; i < n; ++i) out[i] = to_bf16(x[i]).bits;
 }
 
+// n: a multiple of 32.
+void shim_store_bf16(const float* x, uint16_t* out, uint64_t n) {
+  for (uint64_t i = 0; i < n; i += 32) HostTeam::Chunk::load(x + i, 0).store(reinterpret_cast<bf16*>(out) + i, 0);
+}
+
 void shim_to_f16(const float* x, uint16_t* out, uint64_t n) {
   for (uint64_t i = 0; i < n; ++i) out[i] = to_f16(x[i]).bits;
 }

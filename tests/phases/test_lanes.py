@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from phases.shims import Array, Shim
 
 from xlpk.dtypes import bf16_encode
+from xlpk.toolchain import CXX_FLAGS, kernels_folder
 
 COUNTS = (12, 13, 16, 17, 21, 32, 33, 48, 64, 100, 128, 131)  # on both sides of 16 rows, of groups of 32, of 128
 WIDTHS = (64, 96, 192, 1056, 2048, 2112, 4096, 4128)  # whole, with half a step, of one stretch and of more
@@ -50,6 +52,28 @@ def test_a_row_keeps_to_itself(shim: Shim, k: int) -> None:
     touched[:, 7] = touched[11] = True
     assert not np.isfinite(found[touched]).any()
     assert found[~touched].tobytes() == plain[~touched].tobytes()
+
+
+def test_an_underflow_leaves_no_sign(shim: Shim) -> None:
+    """96 elements: the last products of half of the lanes are zeros, which make +0 of -0."""
+    w, x = np.full((2, 96), -(2.0**-100), np.float32), np.full((40, 96), 2.0**-100, np.float32)
+    found = shim.dot(bf16_encode(w), bf16_encode(x), plain=False)
+    alone = shim.dot(bf16_encode(w), bf16_encode(x[:1]), plain=False)
+    assert (found.view(np.uint32) == alone.view(np.uint32)).all()
+    assert alone.view(np.uint32).max() == 0
+    assert shim.dot(bf16_encode(w[:, :64]), bf16_encode(x[:, :64]), plain=False).view(np.uint32).min() == 1 << 31
+
+
+@pytest.mark.heavy
+def test_no_byte_beyond(shim: Shim, tmp_path: Path) -> None:
+    flags = [flag for flag in CXX_FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
+    flags += ["-O1", "-g", "-DXL_NO_AMX", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    program, source = tmp_path / "bounds", Path(__file__).with_name("lanes_bounds.cpp")
+    command = ["g++", *flags, f"-I{kernels_folder()}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([str(program)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 40
 
 
 @pytest.mark.parametrize("k", [96, 192])

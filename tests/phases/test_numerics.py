@@ -100,6 +100,8 @@ def test_to_bf16_equals_ml_dtypes(shim: Shim) -> None:
     assert nan.sum() > 1000
     assert np.isnan(ours.view(ml_dtypes.bfloat16)[nan].astype(np.float32)).all()
     np.testing.assert_array_equal(ours >> 15, values.view(np.uint32) >> np.uint32(31))  # the sign stays, of a NaN too
+    whole = values[: len(values) // 32 * 32]
+    np.testing.assert_array_equal(shim.map("store_bf16", whole, np.uint16), ours[: len(whole)])  # of vectors too
 
 
 def test_to_f16_equals_numpy(shim: Shim) -> None:

@@ -91,5 +91,7 @@ def test_closing_while_it_works(small: Callable[[str], Model], cpu_library: CpuL
             assert backend.submit(Request(i, (3, 4, 5), 200, ignore_eos=True))
         for _ in range(3):
             backend.poll()
+        begin = time.monotonic()
         report = backend.close()
         assert backend.close() is report
+        assert time.monotonic() - begin < 60, "it waits for a deadline, not for its threads"

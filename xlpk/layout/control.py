@@ -171,7 +171,7 @@ LOOP_STATE = Record(
         ("span_ticks", "u64", "0: their ticks are nanoseconds"),
         ("n_launches", "u64", "launches of the persistent loop"),
         ("n_check_ins", "u64", "that the planner team owes"),
-        ("launched_ns", "u64", "device clock when this launch began"),
+        ("launched_ns", "u64", "device clock when all teams of this launch were there"),
         ("busy_ns", "u64", "device clock when there was work last"),
         ("beat", "u64", "the host's heartbeat as it was seen last"),
         ("beat_ns", "u64", "device clock when it changed"),
