@@ -16,19 +16,20 @@ import pytest
 from xlpk import run
 
 REQUESTS = 10
+# All arrive while the first is served, however fast the loop is: else whether they meet is a matter of time.
 LONG = ["workload.prompt_len=24", "workload.output_len=44"]  # outputs need the pages, not prompts
-TRAFFIC = [f"workload.requests={REQUESTS}", "workload.rate_per_s=2000", *LONG]
+TRAFFIC = [f"workload.requests={REQUESTS}", "workload.rate_per_s=100000", *LONG]
 WORKLOADS: dict[str, list[str]] = {
     "prompts": ["sampling.max_new_tokens=48", "sampling.ignore_eos=true"],
     "synthetic": [f"workload.requests={REQUESTS}", *LONG],
     "poisson": [*TRAFFIC, "workload.length_cv=0.4"],
     "gamma": [*TRAFFIC, "workload.range_ratio=0.3"],
     "constant": [*TRAFFIC, "workload.text=heldout"],
-    "trace": ["workload.block_size=16", "workload.scale=0.01"],
-    "sharegpt": [f"workload.requests={REQUESTS}", "workload.rate_per_s=2000", "workload.output_len=80"],
+    "trace": ["workload.block_size=16", "workload.scale=0.0002"],
+    "sharegpt": [f"workload.requests={REQUESTS}", "workload.rate_per_s=100000", "workload.output_len=80"],
     "shared_prefix": [
         *(f"workload.requests={REQUESTS}", "workload.prefixes=2", "workload.prefix_len=18", "workload.suffix_len=4"),
-        *("workload.output_len=90", "workload.rate_per_s=2000"),
+        *("workload.output_len=90", "workload.rate_per_s=100000"),
     ],
 }
 SHARED = ("trace", "shared_prefix")  # prompts begin as others do
