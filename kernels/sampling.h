@@ -18,9 +18,14 @@ XL_FN float gumbel_of(uint32_t word) {
   return -log_(-log_of_parts(near_one ? from_one : f, near_one ? 0.0f : n));
 }
 
+// The words of the four tokens that `token` is one of: their counter.
+XL_FN Words4 token_words(uint64_t seed, int position, int token) {
+  return philox(uint32_t(token) / 4, uint32_t(position), 0x53414d50u, 0, seed);
+}
+
 // The noise of a token: the word of its counter.
 XL_FN float gumbel(uint64_t seed, int position, int token) {
-  const Words4 words = philox(uint32_t(token) / 4, uint32_t(position), 0x53414d50u, 0, seed);
+  const Words4 words = token_words(seed, position, token);
   return gumbel_of(words.w[token % 4]);
 }
 
@@ -31,7 +36,7 @@ XL_FN void gumbel_tile(uint64_t seed, int position, int token, int width, float 
     if (width == Tile && token % 4 == 0) {
       uint32_t words[4][Tile / 4];
       for (int i = 0; i < Tile / 4; ++i) {
-        const Words4 four = philox(uint32_t(token) / 4 + uint32_t(i), uint32_t(position), 0x53414d50u, 0, seed);
+        const Words4 four = token_words(seed, position, token + 4 * i);
         for (int j = 0; j < 4; ++j) words[j][i] = four.w[j];
       }
       for (int j = 0; j < Tile; ++j) out[j] = gumbel_of(words[j % 4][j / 4]);

@@ -14,34 +14,34 @@ using ControlTeam = RaceTeam<1, 1>;
 using ControlTeam = HostTeam;
 #endif
 
+// The host's thread as a team.
+struct ControlThread {
+#if defined(XL_RACE)
+  RaceShared<1, 1> shared;
+  ControlTeam team{&shared, 0};
+#else
+  ControlTeam team{nullptr};
+#endif
+};
+
 }  // namespace
 
 extern "C" {
 
 // Control between two steps; rows of the step that it planned.
 int32_t xl_control(const Params* params, const xl::Dims* dims) {
-#if defined(XL_RACE)
-  RaceShared<1, 1> shared;
-  ControlTeam team(&shared, 0);
-#else
-  ControlTeam team(nullptr);
-#endif
+  ControlThread control;
   const Grid grid{params->grid, params->mailbox, 0, 1, params->spin_deadline_ns, 0};
   begin_control_span(*params);
-  phase_control(team, grid, *params, *dims);
+  phase_control(control.team, grid, *params, *dims);
   end_control_span(*params);
   return params->step->n_rows;
 }
 
 // Beside the step that it planned: what control would do for requests that wait.
 void xl_prepare(const Params* params, const xl::Dims* dims) {
-#if defined(XL_RACE)
-  RaceShared<1, 1> shared;
-  ControlTeam team(&shared, 0);
-#else
-  ControlTeam team(nullptr);
-#endif
-  prepare_requests(team, *params, *dims);
+  ControlThread control;
+  prepare_requests(control.team, *params, *dims);
 }
 
 // For a host with a device: after control, what changed in the page table and in the counts since the last call, as

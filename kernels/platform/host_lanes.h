@@ -28,9 +28,12 @@ XL_FN int row_groups(int count) { return (count + kGroupRows - 1) / kGroupRows; 
 // Registers of 16 rows that hold a group's rows.
 XL_FN int group_registers(int count, int group) { return count - group * kGroupRows > 16 ? 2 : 1; }
 
+// Whether rows of k elements are whole steps of one stretch: their sums stay in registers.
+XL_FN bool is_one_stretch(int k) { return k <= kLaneStretch && k % kLaneStep == 0; }
+
 // bf16 of packed activations, and behind them the sums put aside: one for each virtual lane, weight and row of a group.
 XL_FN size_t put_aside_elements(int k) {
-  if (k <= kLaneStretch && k % kLaneStep == 0) return 0;
+  if (is_one_stretch(k)) return 0;
   return size_t(kVirtualLanes) * WidePanel<bf16, bf16>::block * kGroupRows * sizeof(float) / sizeof(bf16);
 }
 XL_FN size_t packed_elements(int count, int k) {
@@ -215,7 +218,7 @@ __attribute__((noinline)) void multiply_group(const bf16* const (&w)[16], const 
                                               float* aside, float* out, int out_stride) {
   constexpr int N = C == 1 ? 8 : 4, kPasses = 16 / N;
   alignas(64) float sums[16][C * 16];
-  const bool whole = k <= kLaneStretch && k % kLaneStep == 0;
+  const bool whole = is_one_stretch(k);
   for (int begin = 0; begin < k; begin += kLaneStretch) {
     const int length = k - begin < kLaneStretch ? k - begin : kLaneStretch;
     for (int pass = 0; pass < kPasses; ++pass) {

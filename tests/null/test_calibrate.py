@@ -126,6 +126,8 @@ def test_what_did_not_vary_is_named() -> None:
     fitted = fit(Measured(ones, ones, context, context, zeros, zeros, 1000 + 3 * context, zeros, 10 * ones))
     unknown = {"fixed_ns", "sample_ns[0]", "context_ns", "attended_ns", "move_ns", "filter_ns"}
     assert unknown <= set(fitted.unidentified)
+    one_filtered = fit(Measured(ones, ones, context, context, zeros, ones, 1000 + 3 * context, 50 * ones, 10 * ones))
+    assert {name for name in one_filtered.unidentified if "filter" in name} == {"filter_ns[1]"}
     assert StepCosts(**fitted.values).step_ns(1, 1, 100, 100) == pytest.approx(1310, abs=1)  # type: ignore[arg-type]
 
 
@@ -190,6 +192,10 @@ def test_short_and_old_logs_are_refused(run: Callable[..., Path]) -> None:
         calibrate.read_run(run("short", lambda text: "".join(text.splitlines(keepends=True)[:120])))
     with pytest.raises(InputError, match="attended_tokens: measure it again"):
         calibrate.read_run(run("old", lambda text: text.replace("attended_tokens", "attended")))
+    searched = run("searched")
+    record.write_config(searched, {"sampling": {"logprobs": 5}})
+    with pytest.raises(InputError, match="a run without sampling.logprobs"):
+        calibrate.read_run(searched)
 
 
 def test_the_command(run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
