@@ -194,7 +194,7 @@ def test_short_and_old_logs_are_refused(run: Callable[..., Path]) -> None:
         calibrate.read_run(run("old", lambda text: text.replace("attended_tokens", "attended")))
     searched = run("searched")
     record.write_config(searched, {"sampling": {"logprobs": 5}})
-    with pytest.raises(InputError, match="a run without sampling[.]logprobs"):
+    with pytest.raises(InputError, match=r"a run without sampling\.logprobs"):
         calibrate.read_run(searched)
 
 
